@@ -1,0 +1,21 @@
+"""Spiking neural networks in Keras 3, trained by Differentiation on Spike Representation with `model.fit`.
+
+- `keras_dsr.layers`: `IFSpike`, `LIFSpike`, `SpikeRep`, `Synapse`, `BatchNormalization`, `Add`, `Dropout`, `ToStream`,
+  `ToTensor`
+- `keras_dsr.models`: `preact_resnet`, `vgg`, `small_cnn`, and `with_timesteps`, which changes a model's number of steps
+- `keras_dsr.RateCoding`, `keras_dsr.WeightedRateCoding`: what a train of spikes stands for
+- `keras_dsr.Stream`: what travels between layers
+- `keras_dsr.callbacks`: `CheckThresholds`
+- the command line, `keras-dsr`: `train`, `evaluate`
+
+Reference: Meng et al., "Training High-Performance Low-Latency Spiking Neural Networks by Differentiation on Spike
+Representation", CVPR 2022.
+"""
+
+from keras_dsr import callbacks, layers, models
+from keras_dsr.coding import RateCoding, WeightedRateCoding
+from keras_dsr.stream import Stream
+
+__version__ = "0.1.0"
+
+__all__ = ["RateCoding", "Stream", "WeightedRateCoding", "__version__", "callbacks", "layers", "models"]

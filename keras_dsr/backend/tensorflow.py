@@ -1,0 +1,131 @@
+"""`carry`, `simulate` and `check_finite` on TensorFlow.
+
+The time loop is unrolled or a `tf.while_loop` over a `TensorArray`: both export to SavedModel, ONNX and LiteRT.
+"""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+
+@tf.custom_gradient
+def carry(value: tf.Tensor, representation: tf.Tensor) -> tf.Tensor:
+    """The value of `value`, the gradient of `representation`.
+
+    Forward: value. Backward: the cotangent goes to `representation`; where `value` has a time axis that
+    `representation` lacks, it is summed over time. `value` gets no gradient.
+
+    Args:
+        value: Tensor of shape (batch, time, ...), or of the shape of `representation`.
+        representation: Tensor of shape (batch, ...).
+
+    Returns:
+        A tensor equal to `value`.
+    """
+
+    has_time = value.shape.rank > representation.shape.rank
+
+    def gradient(cotangent: tf.Tensor) -> tuple[None, tf.Tensor]:
+        return None, tf.reduce_sum(cotangent, axis=1) if has_time else cotangent
+
+    return tf.identity(value), gradient
+
+
+def simulate(
+    current: tf.Tensor,
+    threshold: tf.Tensor,
+    *,
+    alpha: float,
+    decay: float,
+    gain: float,
+    scale: float,
+    timesteps: int | None,
+    loop: str,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Runs the neuron through time and counts its spikes. Nothing here has a gradient.
+
+    For n = 1..N, from V[0] = 0 (Eqs. 4, 5 and 20):
+
+        U[n] = decay V[n-1] + gain I[n];  s[n] = H(U[n] - alpha V_th);  V[n] = U[n] - V_th s[n]
+
+    Args:
+        current: I, floats of shape (batch, time, ...); or (batch, ...) with `timesteps`, where each step gets
+            the same.
+        threshold: V_th, a float32 scalar.
+        alpha: A neuron fires at alpha V_th.
+        decay: lambda, what a step leaves of the potential: 1 for IF, exp(-dt / tau) for LIF.
+        gain: The weight of the current: 1 for IF, 1 - lambda for LIF.
+        scale: A spike is worth V_th scale: 1 for IF, 1 / dt for LIF.
+        timesteps: N, for a current without time axis; else `None`.
+        loop: "unrolled", or "while".
+
+    Returns:
+        The output V_th scale s[n], of shape (batch, time, ...), and its representation, of shape (batch, ...),
+        weighted by decay^(N - n). Both have the dtype of `current`; potentials are float32 or wider.
+    """
+    static = timesteps is not None
+    if not static:
+        timesteps = current.shape[1]
+    dtype = current.dtype
+    wide = dtype if dtype.size >= 4 else tf.float32
+    threshold = tf.cast(threshold, wide)
+    firing_level = alpha * threshold
+    spike = threshold if scale == 1.0 else threshold * scale
+
+    def scaled(x, factor):
+        # Compilers fuse a product and the sum that it goes into, rounding once where we round twice: under XLA a LIF
+        # network would not fire the spikes that it fires without. A maximum between the two, which changes no finite
+        # number, keeps them apart.
+        return x if factor == 1.0 else tf.maximum(x * factor, wide.min)
+
+    def fire(charged):
+        fired = tf.cast(charged >= firing_level, wide)
+        reset = threshold * fired
+        output = reset if scale == 1.0 else spike * fired
+        return charged - reset, fired, tf.cast(output, dtype)
+
+    def drive_of(x):
+        return scaled(tf.cast(x, wide), gain)
+
+    static_current = drive_of(current) if static else None
+
+    if loop == "unrolled":
+        drives = [static_current] * timesteps if static else [drive_of(x) for x in tf.unstack(current, axis=1)]
+        potential, count, output = fire(drives[0])
+        outputs = [output]
+        for drive in drives[1:]:
+            potential, fired, output = fire(scaled(potential, decay) + drive)
+            count = scaled(count, decay) + fired
+            outputs.append(output)
+        values = tf.stack(outputs, axis=1)
+        weight = sum(decay**n for n in range(timesteps))
+        return values, tf.cast(count * (spike / weight), dtype)
+
+    steps = timesteps if timesteps is not None else tf.shape(current)[1]
+    start = tf.zeros_like(static_current) if static else tf.zeros_like(current[:, 0], dtype=wide)
+    outputs = tf.TensorArray(dtype, size=steps, element_shape=start.shape)
+
+    def body(n, potential, count, weight, outputs):
+        drive = static_current if static else drive_of(current[:, n])
+        potential, fired, output = fire(scaled(potential, decay) + drive)
+        return n + 1, potential, scaled(count, decay) + fired, scaled(weight, decay) + 1, outputs.write(n, output)
+
+    _, _, count, weight, outputs = tf.while_loop(
+        lambda n, *_: n < steps,
+        body,
+        (tf.constant(0), start, start, tf.zeros([], wide), outputs),
+        maximum_iterations=timesteps,
+    )
+    stacked = outputs.stack()  # (time, batch, ...)
+    values = tf.transpose(stacked, [1, 0, *range(2, stacked.shape.rank)])
+    values.set_shape([start.shape[0], timesteps, *start.shape[1:]])
+    return values, tf.cast(count * (spike / weight), dtype)
+
+
+def check_finite(value: tf.Tensor, message: str) -> tf.Tensor:
+    """`value`, if it is finite; else an InvalidArgumentError with `message`. XLA leaves the check out."""
+    return tf.debugging.check_numerics(value, message)
+
+
+def register_structure(cls: type) -> None:
+    """Nothing to do: TensorFlow looks into dataclasses that have `__tf_flatten__`."""

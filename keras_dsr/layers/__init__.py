@@ -1,0 +1,25 @@
+"""Keras layers for spiking networks: neurons, what connects them, and what goes in and out.
+
+- neurons: `IFSpike`, `LIFSpike`
+- between them, on streams: `Synapse` (any affine Keras layer), `BatchNormalization`, `Add`, `Dropout`
+- in and out: `ToStream`, `ToTensor`, and the readout `SpikeRep`
+"""
+
+from keras_dsr.layers.merging import Add, Dropout
+from keras_dsr.layers.neurons import IFSpike, LIFSpike, SpikingNeuron
+from keras_dsr.layers.normalization import BatchNormalization
+from keras_dsr.layers.readout import SpikeRep, ToStream, ToTensor
+from keras_dsr.layers.synapse import Synapse
+
+__all__ = [
+    "Add",
+    "BatchNormalization",
+    "Dropout",
+    "IFSpike",
+    "LIFSpike",
+    "SpikeRep",
+    "SpikingNeuron",
+    "Synapse",
+    "ToStream",
+    "ToTensor",
+]

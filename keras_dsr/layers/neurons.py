@@ -1,0 +1,381 @@
+"""Spiking neurons that train by differentiation on spike representation (DSR).
+
+Forward, a neuron simulates: for n = 1..N, from V[0] = 0,
+
+    U[n] = f(V[n-1], I[n]);   s[n] = H(U[n] - alpha V_th);   V[n] = U[n] - V_th s[n]               (Eq. 20)
+
+with f(V, I) = V + I for `IFSpike` (Eq. 4) and lambda V + (1 - lambda) I for `LIFSpike` (Eq. 5). It puts out spikes that
+carry their scale: V_th s[n], or V_th s[n] / dt.
+
+Backward, it is the clamp that its representation follows (Eqs. 14 and 15): no gradient passes through time. With r the
+representation of the current and b the clamp's bound, the gradient of the clamp reaches r where 0 <= r <= b, and the
+threshold where r > b (Eq. 19).
+
+A neuron works in three ways, by what it is called with:
+
+- a `Stream` gives a `Stream`, the common case within a network;
+- a static current (batch, ...) gives a `Stream` of `timesteps` steps, each with that current; this is how an image
+  enters a network. With `timesteps=0` the stream is the representation alone, and the network that follows is an
+  ordinary ANN with the same weights;
+- a plain tensor (batch, time, ...) gives a plain tensor, so that anyone's own layers work between neurons. Its
+  cotangent, summed over time, goes through the clamp and back to each step by the weight w_n of the step.
+
+Reference: Meng et al., "Training High-Performance Low-Latency Spiking Neural Networks by Differentiation on Spike
+Representation", CVPR 2022.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_dsr import backend
+from keras_dsr.coding import Coding, RateCoding, WeightedRateCoding
+from keras_dsr.constraints import LowerBound
+from keras_dsr.layers.base import StreamLayer
+from keras_dsr.stream import Stream, check_float, is_stream, without_steps
+
+LOOPS = ("unrolled", "while")
+
+
+def check_timesteps(timesteps: Any) -> int | None:
+    """`timesteps` as `None` or an int of at least 0; raises a ValueError or TypeError otherwise."""
+    if timesteps is None:
+        return None
+    try:
+        number = operator.index(timesteps)
+    except TypeError:
+        raise TypeError(f"timesteps is a whole number of steps, or None. Received timesteps={timesteps!r}.") from None
+    if isinstance(timesteps, bool) or number < 0:
+        raise ValueError(
+            "timesteps is the number of time steps N >= 1, or 0 for the representation alone, or None if the input "
+            f"has a time axis. Received timesteps={timesteps!r}."
+        )
+    return number
+
+
+class SpikingNeuron(StreamLayer):
+    """What `IFSpike` and `LIFSpike` share: the threshold, the simulation and the clamp's gradient.
+
+    A subclass sets `coding`, `gain`, `scale` and the default of `threshold_gradient_scale`.
+    """
+
+    takes_tensors = True
+
+    coding: Coding
+    gain: float
+    scale: float
+
+    def __init__(
+        self,
+        threshold: float,
+        alpha: float,
+        timesteps: int | None,
+        trainable_threshold: bool,
+        threshold_lower_bound: float,
+        threshold_l2: float,
+        threshold_gradient_scale: float,
+        loop: str,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if not (math.isfinite(threshold_lower_bound) and threshold_lower_bound > 0):
+            raise ValueError(
+                "threshold_lower_bound keeps the threshold above zero, so it must be above 0. "
+                f"Received threshold_lower_bound={threshold_lower_bound!r}."
+            )
+        if not (math.isfinite(threshold) and threshold > 0):
+            raise ValueError(f"The threshold V_th must be finite and above 0. Received threshold={threshold!r}.")
+        if threshold < threshold_lower_bound:
+            raise ValueError(
+                "The initial threshold must not be below its lower bound. Received "
+                f"threshold={threshold!r}, threshold_lower_bound={threshold_lower_bound!r}; lower the bound."
+            )
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha, the firing level as a part of V_th, must be in [0, 1]. Received alpha={alpha!r}.")
+        if not (math.isfinite(threshold_l2) and threshold_l2 >= 0):
+            raise ValueError(f"threshold_l2 must be finite and not below 0. Received threshold_l2={threshold_l2!r}.")
+        if not math.isfinite(threshold_gradient_scale):
+            raise ValueError(
+                f"threshold_gradient_scale must be finite. Received {threshold_gradient_scale!r}."
+            )
+        if loop not in LOOPS:
+            raise ValueError(f"loop must be one of {LOOPS}. Received loop={loop!r}.")
+        self.initial_threshold = float(threshold)
+        self.alpha = float(alpha)
+        self.timesteps = check_timesteps(timesteps)
+        self.trainable_threshold = bool(trainable_threshold)
+        self.threshold_lower_bound = float(threshold_lower_bound)
+        self.threshold_l2 = float(threshold_l2)
+        self.threshold_gradient_scale = float(threshold_gradient_scale)
+        self.loop = loop
+
+    def build(self, input_shape: Any) -> None:
+        self.threshold = self.add_weight(
+            name="threshold",
+            shape=(),
+            initializer=keras.initializers.Constant(self.initial_threshold),
+            regularizer=keras.regularizers.L2(self.threshold_l2) if self.threshold_l2 else None,
+            constraint=LowerBound(self.threshold_lower_bound, owner=f"threshold of {self._title}"),
+            trainable=self.trainable_threshold,
+            autocast=False,
+        )
+
+    def call(self, inputs: Any) -> Any:
+        self._check(inputs)
+        threshold = ops.convert_to_tensor(self.threshold)
+        if is_stream(inputs):
+            values, representation = inputs
+            steps = values.shape[1]
+        elif self.timesteps is None:
+            values, representation, steps = inputs, self.coding.represent(inputs), inputs.shape[1]
+        else:
+            values, representation, steps = inputs, inputs, self.timesteps
+
+        clamped = self._clamp(representation, threshold)
+        if steps == 0:
+            return without_steps(clamped)
+        spikes, coded = backend.simulate(
+            ops.stop_gradient(values),
+            ops.stop_gradient(threshold),
+            alpha=self.alpha,
+            decay=self.coding.decay,
+            gain=self.gain,
+            scale=self.scale,
+            timesteps=None if len(values.shape) > len(representation.shape) else steps,
+            loop=self.loop,
+        )
+        spikes = ops.stop_gradient(spikes)
+        if is_stream(inputs) or self.timesteps is not None:
+            return Stream(spikes, backend.carry(ops.stop_gradient(coded), clamped))
+        return backend.carry(spikes, clamped)
+
+    def _clamp(self, representation: Any, threshold: Any) -> Any:
+        dtype = keras.backend.result_type(representation.dtype, threshold.dtype)
+        scaled = backend.carry(ops.stop_gradient(threshold), threshold * self.threshold_gradient_scale)
+        clamped = self.coding.clamp(ops.cast(representation, dtype), ops.cast(scaled, dtype))
+        return ops.cast(clamped, representation.dtype)
+
+    def _check(self, inputs: Any) -> None:
+        if is_stream(inputs):
+            steps = self._stream(inputs).timesteps
+            if self.timesteps is not None and steps != self.timesteps:
+                raise ValueError(
+                    f"{self._title} has timesteps={self.timesteps}, but the stream that it received has {steps} time "
+                    "steps. Leave timesteps out: only the neuron that makes the stream needs it."
+                )
+        else:
+            check_float(inputs.dtype, self._title)
+            if self.timesteps is None and len(inputs.shape) < 3:
+                raise ValueError(
+                    f"{self._title} expects (batch, time, ...) with at least one axis of features. Received shape "
+                    f"{tuple(inputs.shape)}. For a static input pass timesteps=..., for a single neuron a last axis of 1."
+                )
+            if self.timesteps is not None and len(inputs.shape) < 2:
+                raise ValueError(
+                    f"{self._title} with timesteps={self.timesteps} expects a static input (batch, ...). "
+                    f"Received shape {tuple(inputs.shape)}."
+                )
+            steps = inputs.shape[1] if self.timesteps is None else self.timesteps
+            if self.timesteps is None and steps == 0:
+                raise ValueError(f"{self._title} expects at least one time step. Received shape {tuple(inputs.shape)}.")
+        if steps is None and self.loop == "unrolled":
+            raise ValueError(
+                f"{self._title} unrolls its time loop and so must know the number of time steps. Received a time axis "
+                "of unknown length; give it a fixed length, or pass loop='while' (TensorFlow)."
+            )
+
+    def compute_output_spec(self, inputs: Any, **kwargs: Any) -> Any:
+        self._check(inputs)
+        if is_stream(inputs):
+            return self._symbolic(inputs[0].shape, inputs[1].shape)
+        shape = tuple(inputs.shape)
+        if self.timesteps is None:
+            return keras.KerasTensor(shape, dtype=self.compute_dtype)
+        return self._symbolic((shape[0], self.timesteps, *shape[1:]), shape)
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        if self.timesteps is None or isinstance(input_shape[0], (tuple, list)):
+            return input_shape
+        return (input_shape[0], self.timesteps, *input_shape[1:]), tuple(input_shape)
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "threshold": self.initial_threshold,
+            "alpha": self.alpha,
+            "timesteps": self.timesteps,
+            "trainable_threshold": self.trainable_threshold,
+            "threshold_lower_bound": self.threshold_lower_bound,
+            "threshold_l2": self.threshold_l2,
+            "threshold_gradient_scale": self.threshold_gradient_scale,
+            "loop": self.loop,
+        }
+
+
+@keras.saving.register_keras_serializable(package="keras_dsr")
+class IFSpike(SpikingNeuron):
+    """Integrate-and-fire neurons, reset by subtraction, one per feature.
+
+    Forward: U[n] = V[n-1] + I[n]; s[n] = H(U[n] - alpha V_th); V[n] = U[n] - V_th s[n]; output V_th s[n].
+
+    Backward: the output's representation r(V_th s), its mean over time, has the gradient of clamp(r(I), 0, V_th), both
+    ends included; the threshold's is multiplied by `threshold_gradient_scale`.
+
+    Args:
+        threshold: Initial V_th, in the unit of the input current; above 0. The paper's 6 suits N = 20 steps: a spike
+            is worth V_th / N, so few steps want a smaller one.
+        alpha: A neuron fires as its potential reaches alpha V_th; in [0, 1]. 0.5, the default, rounds where 1 rounds
+            down, which makes the error of representation least (Eq. 21).
+        timesteps: Number N of time steps to make of a static current; 0 for the representation alone; `None` if the
+            input has a time axis.
+        trainable_threshold: Whether V_th, one scalar for the layer, trains.
+        threshold_lower_bound: Least value of V_th, kept by a constraint; above 0.
+        threshold_l2: L2 penalty on V_th: threshold_l2 V_th^2 is added to the loss. The default is half the paper's
+            weight decay, 5e-4, which is the same thing for SGD; set 0 where the optimizer decays the weights.
+        threshold_gradient_scale: Factor on the gradient of V_th. The paper's code has 1, and 0.001 for ImageNet.
+        loop: The time loop: "unrolled", or "while", which keeps graphs small and takes a time axis of any length
+            (`tf.while_loop` on TensorFlow, `lax.scan` on JAX).
+        **kwargs: `name`, `dtype` and `trainable`, as every Keras layer has them.
+
+    Input shape:
+        A `Stream`; or, with `timesteps`, a static current (batch, ...); or a current (batch, time, ...).
+
+    Output shape:
+        A `Stream` of the same shape; or one of `timesteps` steps; or a tensor of the same shape.
+
+    Raises:
+        ValueError: if an argument is out of range, the input has no time axis and `timesteps` is not given, or
+            `timesteps` differs from the number of steps of the stream received.
+        TypeError: if the input is not of floats.
+
+    Example:
+
+    >>> import numpy as np
+    >>> current = np.full((1, 4, 1), 0.6, "float32")  # (batch, time, features)
+    >>> spikes = IFSpike(threshold=1.0, alpha=1.0)(current)
+    >>> [float(s) for s in spikes[0, :, 0]]
+    [0.0, 1.0, 0.0, 1.0]
+
+    Reference: Meng et al., CVPR 2022, Eqs. 4, 15, 19 and 20; defaults from its Table 5.
+    """
+
+    coding = RateCoding()
+    gain = 1.0
+    scale = 1.0
+
+    def __init__(
+        self,
+        threshold: float = 6.0,
+        alpha: float = 0.5,
+        timesteps: int | None = None,
+        trainable_threshold: bool = True,
+        threshold_lower_bound: float = 0.01,
+        threshold_l2: float = 2.5e-4,
+        threshold_gradient_scale: float = 1.0,
+        loop: str = "unrolled",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            threshold=threshold,
+            alpha=alpha,
+            timesteps=timesteps,
+            trainable_threshold=trainable_threshold,
+            threshold_lower_bound=threshold_lower_bound,
+            threshold_l2=threshold_l2,
+            threshold_gradient_scale=threshold_gradient_scale,
+            loop=loop,
+            **kwargs,
+        )
+
+
+@keras.saving.register_keras_serializable(package="keras_dsr")
+class LIFSpike(SpikingNeuron):
+    """Leaky integrate-and-fire neurons, reset by subtraction, one per feature.
+
+    Forward: U[n] = lambda V[n-1] + (1 - lambda) I[n], lambda = exp(-dt / tau); s[n] = H(U[n] - alpha V_th);
+    V[n] = U[n] - V_th s[n]; output V_th s[n] / dt.
+
+    Backward: the output's representation r(V_th s / dt), its weighted mean over time (`WeightedRateCoding`), has the
+    gradient of clamp(r(I) / tau, 0, V_th / dt), strictly inside; the threshold's is multiplied by
+    `threshold_gradient_scale`. The gradient that a plain (batch, time, ...) tensor gets follows the chain rule of Eqs.
+    16 and 17: step n gets the part w_n.
+
+    Args:
+        threshold: Initial V_th, in the unit of the input current; above 0.
+        alpha: A neuron fires as its potential reaches alpha V_th; in [0, 1].
+        tau: Membrane time constant, in the unit of `dt`; above 0.
+        dt: Length of a time step; above 0 and below `tau`.
+        timesteps: Number N of time steps to make of a static current; 0 for the representation alone; `None` if the
+            input has a time axis.
+        trainable_threshold: Whether V_th, one scalar for the layer, trains.
+        threshold_lower_bound: Least value of V_th, kept by a constraint; above 0.
+        threshold_l2: L2 penalty on V_th: threshold_l2 V_th^2 is added to the loss. The default is half the paper's
+            weight decay, 5e-4, which is the same thing for SGD; set 0 where the optimizer decays the weights.
+        threshold_gradient_scale: Factor on the gradient of V_th; `None` for the paper's code's dt^2, which makes of
+            the chain rule's 1 / dt a dt.
+        loop: The time loop: "unrolled", or "while", which keeps graphs small and takes a time axis of any length
+            (`tf.while_loop` on TensorFlow, `lax.scan` on JAX).
+        **kwargs: `name`, `dtype` and `trainable`, as every Keras layer has them.
+
+    Input shape:
+        A `Stream`; or, with `timesteps`, a static current (batch, ...); or a current (batch, time, ...).
+
+    Output shape:
+        A `Stream` of the same shape; or one of `timesteps` steps; or a tensor of the same shape.
+
+    Raises:
+        ValueError: if an argument is out of range, the input has no time axis and `timesteps` is not given, or
+            `timesteps` differs from the number of steps of the stream received.
+        TypeError: if the input is not of floats.
+
+    Example:
+
+    >>> import numpy as np
+    >>> current = np.full((1, 4, 1), 1.0, "float32")  # (batch, time, features)
+    >>> spikes = LIFSpike(threshold=0.5, alpha=1.0, tau=1.0, dt=0.5)(current)
+    >>> [float(s) for s in spikes[0, :, 0]]
+    [0.0, 1.0, 0.0, 1.0]
+
+    Reference: Meng et al., CVPR 2022, Eqs. 5, 14, 19 and 20; defaults from its Table 5.
+    """
+
+    def __init__(
+        self,
+        threshold: float = 0.3,
+        alpha: float = 0.3,
+        tau: float = 1.0,
+        dt: float = 0.05,
+        timesteps: int | None = None,
+        trainable_threshold: bool = True,
+        threshold_lower_bound: float = 0.0005,
+        threshold_l2: float = 2.5e-4,
+        threshold_gradient_scale: float | None = None,
+        loop: str = "unrolled",
+        **kwargs: Any,
+    ) -> None:
+        self.coding = WeightedRateCoding(tau=tau, dt=dt)
+        super().__init__(
+            threshold=threshold,
+            alpha=alpha,
+            timesteps=timesteps,
+            trainable_threshold=trainable_threshold,
+            threshold_lower_bound=threshold_lower_bound,
+            threshold_l2=threshold_l2,
+            threshold_gradient_scale=dt**2 if threshold_gradient_scale is None else threshold_gradient_scale,
+            loop=loop,
+            **kwargs,
+        )
+        self.tau = float(tau)
+        self.dt = float(dt)
+        # 1 - lambda of the lambda that float32 has: both add up to 1, and the spikes are those of the paper's code.
+        self.gain = 1.0 - float(np.float32(self.coding.decay))
+        self.scale = 1.0 / self.dt
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "tau": self.tau, "dt": self.dt}

@@ -1,0 +1,167 @@
+"""Batch normalization over batch and time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_dsr import backend
+from keras_dsr.layers.base import StreamLayer
+from keras_dsr.stream import Stream, without_steps
+
+
+@keras.saving.register_keras_serializable(package="keras_dsr")
+class BatchNormalization(StreamLayer, keras.layers.BatchNormalization):
+    """Normalizes currents with the statistics of batch and time together.
+
+    Forward, with the mean mu and variance v of the values over batch, time and all axes but `axis` (in training; in
+    inference the moving ones):
+
+        values:          gamma (x[n] - mu) / sqrt(v + eps) + beta     at every step
+        representation:  gamma (r - mu) / sqrt(v + eps) + beta        which is r of the values, as the map is affine
+
+    Backward, on the representation alone: mu has the gradient of r's mean over the batch, v that of r's variance over
+    the batch. In inference, or with `trainable=False`, both are constants.
+
+    Weights, arguments and defaults are those of `keras.layers.BatchNormalization` (momentum 0.99, epsilon 0.001); the
+    paper's networks have momentum 0.9 and epsilon 1e-5, and so has `keras_dsr.models`.
+
+    Args:
+        axis: The axis of the features (channels), counted without the time axis, as in (batch, ...).
+        momentum: What the moving statistics keep of themselves in an update.
+        epsilon: Added to the variance.
+        center: Whether there is a beta.
+        scale: Whether there is a gamma.
+        beta_initializer: Initializer of beta.
+        gamma_initializer: Initializer of gamma.
+        moving_mean_initializer: Initializer of the moving mean.
+        moving_variance_initializer: Initializer of the moving variance.
+        beta_regularizer: Regularizer of beta, or `None`.
+        gamma_regularizer: Regularizer of gamma, or `None`.
+        beta_constraint: Constraint of beta, or `None`.
+        gamma_constraint: Constraint of gamma, or `None`.
+        synchronized: Whether all replicas of a `tf.distribute` strategy share their statistics. On JAX they do
+            already, and it raises an error.
+        **kwargs: `name`, `dtype` and `trainable`, as every Keras layer has them.
+
+    Input shape:
+        A `Stream` with values (batch, time, ...) and representation (batch, ...).
+
+    Output shape:
+        A `Stream` of the same shape.
+
+    Raises:
+        TypeError: if the input is a tensor and not a stream. For a static input ahead of the first neuron use
+            `keras.layers.BatchNormalization`: its statistics are the same.
+
+    Reference: Meng et al., CVPR 2022, Eq. 31.
+    """
+
+    def __init__(
+        self,
+        axis: int = -1,
+        momentum: float = 0.99,
+        epsilon: float = 1e-3,
+        center: bool = True,
+        scale: bool = True,
+        beta_initializer: Any = "zeros",
+        gamma_initializer: Any = "ones",
+        moving_mean_initializer: Any = "zeros",
+        moving_variance_initializer: Any = "ones",
+        beta_regularizer: Any = None,
+        gamma_regularizer: Any = None,
+        beta_constraint: Any = None,
+        gamma_constraint: Any = None,
+        synchronized: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            axis=axis,
+            momentum=momentum,
+            epsilon=epsilon,
+            center=center,
+            scale=scale,
+            beta_initializer=beta_initializer,
+            gamma_initializer=gamma_initializer,
+            moving_mean_initializer=moving_mean_initializer,
+            moving_variance_initializer=moving_variance_initializer,
+            beta_regularizer=beta_regularizer,
+            gamma_regularizer=gamma_regularizer,
+            beta_constraint=beta_constraint,
+            gamma_constraint=gamma_constraint,
+            synchronized=synchronized,
+            **kwargs,
+        )
+
+    def build(self, input_shape: Any) -> None:
+        shape = tuple(input_shape[1])
+        super().build(shape)
+        self.input_spec = None  # it speaks of one tensor
+        self._feature_axis = self.axis % len(shape)
+
+    def call(self, inputs: Any, training: bool | None = None) -> Stream:
+        values, representation = self._stream(inputs)
+        dtype = keras.backend.result_type(representation.dtype, "float32")
+        wide = ops.cast(representation, dtype)
+        steps = values.shape[1]
+        wide_values = ops.cast(ops.stop_gradient(values), dtype) if steps != 0 else None
+
+        if training and self.trainable:
+            mean, variance = self._pooled_moments(wide_values, wide)
+            self._update(self.moving_mean, mean)
+            self._update(self.moving_variance, variance)
+        else:
+            mean, variance = ops.cast(self.moving_mean, dtype), ops.cast(self.moving_variance, dtype)
+
+        factor = ops.rsqrt(variance + self.epsilon)
+        if self.scale:
+            factor = factor * ops.cast(self.gamma, dtype)
+        offset = -mean * factor
+        if self.center:
+            offset = offset + ops.cast(self.beta, dtype)
+
+        normalized = ops.cast(self._affine(wide, factor, offset, self._feature_axis), self.compute_dtype)
+        if steps == 0:
+            return without_steps(normalized)
+        factor, offset = ops.stop_gradient(factor), ops.stop_gradient(offset)
+        currents = ops.cast(self._affine(wide_values, factor, offset, self._feature_axis + 1), self.compute_dtype)
+        return Stream(currents, normalized)
+
+    def _pooled_moments(self, values: Any, representation: Any) -> tuple[Any, Any]:
+        """mu and v over batch and time, with the gradients of the representation's moments over the batch."""
+        rank = len(representation.shape)
+        axes = [axis for axis in range(rank) if axis != self._feature_axis]
+        mean, variance = ops.moments(representation, axes=axes, synchronized=self.synchronized)
+        if values is None:
+            return mean, variance
+        axes = [axis for axis in range(rank + 1) if axis != self._feature_axis + 1]
+        pooled_mean, pooled_variance = ops.moments(values, axes=axes, synchronized=self.synchronized)
+        return (
+            backend.carry(ops.stop_gradient(pooled_mean), mean),
+            backend.carry(ops.stop_gradient(pooled_variance), variance),
+        )
+
+    def _update(self, moving: Any, statistic: Any) -> None:
+        current = ops.cast(moving, statistic.dtype)
+        moving.assign(current * self.momentum + ops.stop_gradient(statistic) * (1.0 - self.momentum))
+
+    @staticmethod
+    def _affine(x: Any, factor: Any, offset: Any, axis: int) -> Any:
+        if axis != len(x.shape) - 1:
+            shape = [1] * len(x.shape)
+            shape[axis] = -1
+            factor, offset = ops.reshape(factor, shape), ops.reshape(offset, shape)
+        return x * factor + offset
+
+    def compute_output_spec(self, inputs: Any, **kwargs: Any) -> Stream:
+        stream = self._stream(inputs)
+        return self._symbolic(stream.values.shape, stream.representation.shape)
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        return input_shape
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        return {name: config[name] for name in config if not name.startswith("renorm")}

@@ -1,0 +1,68 @@
+"""VGG-11: the paper's network for event cameras."""
+
+from __future__ import annotations
+
+import keras
+
+from keras_dsr import layers
+from keras_dsr.layers.neurons import SpikingNeuron
+from keras_dsr.models.common import Builder, check_counts
+
+# Channels of the convolutions; average pooling by 2 follows each group.
+_GROUPS: dict[int, tuple[tuple[int, ...], ...]] = {11: ((64,), (128,), (256, 256), (512, 512), (512, 512))}
+
+
+def vgg(
+    depth: int = 11,
+    neuron: str | SpikingNeuron = "if",
+    timesteps: int | None = None,
+    classes: int = 10,
+    input_shape: tuple[int | None, int | None, int | None, int] = (20, 48, 48, 2),
+    dropout: float = 0.0,
+    name: str | None = None,
+) -> keras.Model:
+    """A spiking VGG for frames of events.
+
+    Eight convolutions, each followed by BatchNorm and neurons, in five groups with average pooling after each; then
+    dense - BatchNorm - neurons - spike representation, which is the logits.
+
+    Args:
+        depth: 11.
+        neuron: "if" or "lif", with the paper's defaults; or a neuron layer, whose arguments all neurons get, such as
+            `keras_dsr.layers.IFSpike(threshold=1.0)`.
+        timesteps: `None` to simulate each frame of the input; 0 for the representation network, an ANN with the same
+            weights that runs once on the frames' representation.
+        classes: Number of classes.
+        input_shape: Time, height, width and polarities of the frames; at least 32 high and wide.
+        dropout: Rate of the dropout ahead of the dense layer.
+        name: Name of the model.
+
+    Returns:
+        A functional `keras.Model` from frames (batch, time, height, width, polarities) to logits (batch, classes).
+
+    Raises:
+        ValueError: if an argument is not one of those named above.
+
+    Reference: Meng et al., CVPR 2022, Section 5 and Appendix.
+    """
+    if depth not in _GROUPS:
+        raise ValueError(f"depth is one of {sorted(_GROUPS)}. Received depth={depth!r}.")
+    if len(input_shape) != 4:
+        raise ValueError(
+            f"input_shape is (time, height, width, polarities): events come in frames. Received {input_shape!r}."
+        )
+    check_counts(classes, dropout)
+    build = Builder(neuron, None)
+
+    inputs = keras.Input(input_shape, name="frames")
+    x = layers.ToStream(coding=build.coding, timesteps=timesteps, name="to_stream")(inputs)
+    for group, widths in enumerate(_GROUPS[depth], start=1):
+        for index, width in enumerate(widths, start=1):
+            name_ = f"group{group}_{index}"
+            x = build.convolve(x, width, f"{name_}_conv")
+            x = build.normalize(x, f"{name_}_bn")
+            x = build.neuron(x, f"{name_}_neuron")
+        x = build.affine(x, keras.layers.AveragePooling2D(2, name=f"group{group}_pool"))
+    x = build.affine(x, keras.layers.Flatten(name="flatten"))
+    x = build.drop(x, dropout, "dropout")
+    return keras.Model(inputs, build.classify(x, classes), name=name or f"vgg{depth}")
