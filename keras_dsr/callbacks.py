@@ -30,7 +30,7 @@ class CheckThresholds(keras.callbacks.Callback):
 
     def _check(self) -> None:
         for layer in spiking_neurons(self.model):
-            if not math.isfinite(float(keras.ops.convert_to_numpy(layer.threshold))):
+            if not math.isfinite(float(layer.threshold.numpy())):
                 raise ValueError(not_finite(f"threshold of {type(layer).__name__} {layer.name!r}"))
 
 

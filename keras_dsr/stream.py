@@ -78,7 +78,7 @@ class Stream:
 
 
 # Keras looks into structures by optree, under a name of its own.
-optree.register_pytree_node(Stream, lambda s: ((s.values, s.representation), None), lambda _, c: Stream(*c), namespace="keras")
+optree.register_pytree_node(Stream, lambda s: (tuple(s), None), lambda _, parts: Stream(*parts), namespace="keras")
 backend.register_structure(Stream)
 
 

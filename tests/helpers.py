@@ -8,9 +8,13 @@ from keras import ops
 
 BACKEND = keras.backend.backend()
 
+# Keras itself copies variables with `np.array(variable)` as it saves them or gives their values; NumPy 2 warns.
+KERAS_COPIES = "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+
 
 def numpy(x) -> np.ndarray:
-    return ops.convert_to_numpy(x)
+    """A tensor or variable; not by `convert_to_numpy`, whose copy of a variable NumPy 2 deprecates."""
+    return np.asarray(x)
 
 
 def value_and_grads(function, *arrays, jit: bool = False):
@@ -65,9 +69,7 @@ def model_grads(model, x, loss, training: bool, jit: bool = False):
             with tf.GradientTape() as tape:
                 output = model(x, training=training)
                 value = loss(output)
-            grads = tape.gradient(
-                value, [w.value for w in model.trainable_variables], unconnected_gradients="zero"
-            )
+            grads = tape.gradient(value, [w.value for w in model.trainable_variables], unconnected_gradients="zero")
             return value, output, grads
 
         run = tf.function(run, jit_compile=True) if jit else run
@@ -129,3 +131,40 @@ def cosine(received: np.ndarray, expected: np.ndarray) -> float:
         np.vdot(received.astype("float64"), expected.astype("float64"))
         / (np.linalg.norm(received.astype("float64")) * np.linalg.norm(expected.astype("float64")))
     )
+
+
+def compiled(function, jit: bool):
+    """`function`, compiled by XLA if `jit` says so."""
+    if not jit:
+        return function
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function, jit_compile=True)
+    import jax
+
+    return jax.jit(function)
+
+
+def with_weights(variables, values, function, *args, **kwargs):
+    """function(*args, **kwargs) with other values for some Keras variables: what weights are differentiated by."""
+    with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
+        return function(*args, **kwargs)
+
+
+def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
+    """Float32 (or wider) numbers that `dtype` can hold."""
+    return numpy(ops.cast(ops.cast(x, dtype), x.dtype.name))
+
+
+def saved_and_loaded(model, folder):
+    """The model, written to a `.keras` file and read again."""
+    path = folder / "model.keras"
+    model.save(path)
+    return keras.saving.load_model(path)
+
+
+def dyadics(shape, low: float, high: float, bits: int = 4, seed: int = 0) -> np.ndarray:
+    """Random multiples of 2**-bits in [low, high]: their sums are exact in float32."""
+    generator = np.random.default_rng(seed)
+    return (generator.integers(round(low * 2**bits), round(high * 2**bits) + 1, shape) / 2**bits).astype("float32")

@@ -1,4 +1,4 @@
-"""`carry`, `simulate` and `check_finite` on JAX: the same functions as in `keras_dsr.backend.tensorflow`, described there."""
+"""`carry`, `simulate` and `check_finite` on JAX; `keras_dsr.backend.tensorflow` describes them."""
 
 from __future__ import annotations
 
@@ -73,9 +73,7 @@ def simulate(
         values = jnp.moveaxis(outputs, 0, 1)
     else:
         state = (jnp.zeros_like(current[:, 0], dtype=wide),) * 2
-        state, outputs = jax.lax.scan(
-            lambda state, x: step(state, drive_of(x)), state, jnp.moveaxis(current, 1, 0)
-        )
+        state, outputs = jax.lax.scan(lambda state, x: step(state, drive_of(x)), state, jnp.moveaxis(current, 1, 0))
         values = jnp.moveaxis(outputs, 0, 1)
     weight = sum(decay**n for n in range(timesteps))
     return values, (state[1] * (spike / weight)).astype(dtype)

@@ -64,7 +64,9 @@ class Add(StreamLayer):
 
 
 def _same(first: tuple[int | None, ...], second: tuple[int | None, ...]) -> bool:
-    return len(first) == len(second) and all(a == b or a is None or b is None for a, b in zip(first, second, strict=True))
+    return len(first) == len(second) and all(
+        a == b or a is None or b is None for a, b in zip(first, second, strict=True)
+    )
 
 
 @keras.saving.register_keras_serializable(package="keras_dsr")

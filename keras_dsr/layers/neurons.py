@@ -101,9 +101,7 @@ class SpikingNeuron(StreamLayer):
         if not (math.isfinite(threshold_l2) and threshold_l2 >= 0):
             raise ValueError(f"threshold_l2 must be finite and not below 0. Received threshold_l2={threshold_l2!r}.")
         if not math.isfinite(threshold_gradient_scale):
-            raise ValueError(
-                f"threshold_gradient_scale must be finite. Received {threshold_gradient_scale!r}."
-            )
+            raise ValueError(f"threshold_gradient_scale must be finite. Received {threshold_gradient_scale!r}.")
         if loop not in LOOPS:
             raise ValueError(f"loop must be one of {LOOPS}. Received loop={loop!r}.")
         self.initial_threshold = float(threshold)
@@ -174,7 +172,7 @@ class SpikingNeuron(StreamLayer):
             if self.timesteps is None and len(inputs.shape) < 3:
                 raise ValueError(
                     f"{self._title} expects (batch, time, ...) with at least one axis of features. Received shape "
-                    f"{tuple(inputs.shape)}. For a static input pass timesteps=..., for a single neuron a last axis of 1."
+                    f"{tuple(inputs.shape)}. For a static input pass timesteps=...; for one neuron add an axis of 1."
                 )
             if self.timesteps is not None and len(inputs.shape) < 2:
                 raise ValueError(

@@ -7,7 +7,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_dsr import backend, coding as codings
+from keras_dsr import backend
+from keras_dsr import coding as codings
 from keras_dsr.layers.base import StreamLayer
 from keras_dsr.layers.neurons import check_timesteps
 from keras_dsr.stream import Stream, check_float, is_stream, without_steps

@@ -8,7 +8,7 @@ import keras
 from keras import layers, ops
 
 from keras_dsr.layers.base import StreamLayer
-from keras_dsr.stream import Stream, fold, is_stream, unfold, without_steps
+from keras_dsr.stream import Stream, fold, unfold, without_steps
 
 AFFINE_LAYERS: tuple[type[keras.layers.Layer], ...] = (
     layers.Dense,

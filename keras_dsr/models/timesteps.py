@@ -13,15 +13,15 @@ from keras_dsr.layers.neurons import check_timesteps
 def with_timesteps(model: keras.Model, timesteps: int) -> keras.Model:
     """The same model with another number of time steps, and a copy of its weights.
 
-    All layers that make a stream get the new number: neurons on a static input, and `ToStream`. With 0 the result is the
-    representation network: an ordinary ANN of clamps, one pass, with the same weights in the same order. So a network
-    can train as an ANN first and go on with spikes (the paper's hybrid training), or run with more or fewer steps than
-    it trained with.
+    All layers that make a stream get the new number: neurons on a static input, and `ToStream`. With 0 the result is
+    the representation network: an ordinary ANN of clamps, one pass, with the same weights in the same order. So a
+    network can train as an ANN first and go on with spikes (the paper's hybrid training), or run with more or fewer
+    steps than it trained with.
 
     Args:
         model: A functional or Sequential model.
-        timesteps: Number N of time steps; 0 for the representation network. A model on frames (batch, time, ...) has as
-            many steps as its input: for it, only 0 and that number make sense.
+        timesteps: Number N of time steps; 0 for the representation network. A model on frames (batch, time, ...) has
+            as many steps as its input: for it, only 0 and that number make sense.
 
     Returns:
         A new, uncompiled model. Its weights are copies.

@@ -1,0 +1,33 @@
+.PHONY: demo test lint bench
+
+PYTHON ?= python3
+BIN := .venv/bin
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+# Train a small spiking network on real digits; results under runs/.
+demo: .venv/installed
+	$(BIN)/keras-dsr train digits
+
+# The whole test suite on TensorFlow, then what JAX shares with it.
+test: .venv/installed-dev
+	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest
+	KERAS_BACKEND=jax $(BIN)/python -m pytest
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Time and memory of a training step, against per-step autodiff and the ANN of the same shape.
+bench: .venv/installed-dev
+	$(BIN)/python benchmarks/training_step.py
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+.venv/installed-dev: .venv/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@ .venv/installed
