@@ -62,7 +62,17 @@ class Stream:
     # Keras asks for the length of a structure that a layer is called with, before it looks at the layer. Our own
     # layers are called with a plain tuple instead, so only a layer that cannot take a stream gets here.
     def __len__(self) -> int:
-        raise TypeError(f"A stream went where a tensor was expected. {_CONVERSIONS} Received {self!r}.")
+        raise self._misplaced()
+
+    # Operations of TensorFlow and JAX ask these whether an object can become a tensor.
+    def __tf_tensor__(self, dtype: Any = None, name: str | None = None) -> Any:
+        raise self._misplaced()
+
+    def __jax_array__(self) -> Any:
+        raise self._misplaced()
+
+    def _misplaced(self) -> TypeError:
+        return TypeError(f"A stream went where a tensor was expected. {_CONVERSIONS} Received {self!r}.")
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(

@@ -16,7 +16,7 @@ SHARED = Path(os.environ.get("KERAS_DSR_SHARED", Path(__file__).resolve().parent
 def _seed():
     keras.utils.set_random_seed(0)
     yield
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,6 @@ from keras import ops
 
 BACKEND = keras.backend.backend()
 
-# Keras itself copies variables with `np.array(variable)` as it saves them or gives their values; NumPy 2 warns.
-KERAS_COPIES = "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
-
 
 def numpy(x) -> np.ndarray:
     """A tensor or variable; not by `convert_to_numpy`, whose copy of a variable NumPy 2 deprecates."""

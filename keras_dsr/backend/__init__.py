@@ -2,6 +2,7 @@
 
 - `carry(value, representation)`: the value of one tensor with the gradient of another.
 - `simulate(current, threshold, ...)`: the time loop of an integrate-and-fire neuron.
+- `batch_norm(values, ...)`: batch normalization of the simulation, which no gradient enters.
 - `check_finite(value, message)`: an error from within a compiled step, where the backend has such.
 - `register_structure(cls)`: lets the backend look into objects of two tensors.
 
@@ -11,13 +12,13 @@ Everything else in the package is written once, with `keras.ops`.
 import keras
 
 if keras.backend.backend() == "tensorflow":
-    from keras_dsr.backend.tensorflow import carry, check_finite, register_structure, simulate
+    from keras_dsr.backend.tensorflow import batch_norm, carry, check_finite, register_structure, simulate
 elif keras.backend.backend() == "jax":
-    from keras_dsr.backend.jax import carry, check_finite, register_structure, simulate
+    from keras_dsr.backend.jax import batch_norm, carry, check_finite, register_structure, simulate
 else:
     raise ImportError(
         "keras_dsr runs on the Keras backends 'tensorflow' and 'jax'. "
         f"Received {keras.backend.backend()!r}; set KERAS_BACKEND before the first import of keras."
     )
 
-__all__ = ["carry", "check_finite", "register_structure", "simulate"]
+__all__ = ["batch_norm", "carry", "check_finite", "register_structure", "simulate"]

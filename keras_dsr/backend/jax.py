@@ -1,4 +1,4 @@
-"""`carry`, `simulate` and `check_finite` on JAX; `keras_dsr.backend.tensorflow` describes them."""
+"""`carry`, `simulate`, `batch_norm` and `check_finite` on JAX; `keras_dsr.backend.tensorflow` describes them."""
 
 from __future__ import annotations
 
@@ -77,6 +77,21 @@ def simulate(
         values = jnp.moveaxis(outputs, 0, 1)
     weight = sum(decay**n for n in range(timesteps))
     return values, (state[1] * (spike / weight)).astype(dtype)
+
+
+def batch_norm(
+    values: jax.Array,
+    gamma: jax.Array,
+    beta: jax.Array,
+    epsilon: float,
+    moments: tuple[jax.Array, jax.Array] | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normalizes the last axis over all others: see `keras_dsr.backend.tensorflow.batch_norm`."""
+    wide = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    axes = tuple(range(values.ndim - 1))
+    mean, variance = moments or (wide.mean(axis=axes), wide.var(axis=axes))
+    factor = jax.lax.rsqrt(variance + epsilon) * gamma
+    return (wide * factor + (beta - mean * factor)).astype(values.dtype), mean, variance
 
 
 def check_finite(value: jax.Array, message: str) -> jax.Array:

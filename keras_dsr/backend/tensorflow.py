@@ -1,4 +1,4 @@
-"""`carry`, `simulate` and `check_finite` on TensorFlow.
+"""`carry`, `simulate`, `batch_norm` and `check_finite` on TensorFlow.
 
 The time loop is unrolled or a `tf.while_loop` over a `TensorArray`: both export to SavedModel, ONNX and LiteRT.
 """
@@ -120,6 +120,47 @@ def simulate(
     values = tf.transpose(stacked, [1, 0, *range(2, stacked.shape.rank)])
     values.set_shape([start.shape[0], timesteps, *start.shape[1:]])
     return values, tf.cast(count * (spike / weight), dtype)
+
+
+def batch_norm(
+    values: tf.Tensor,
+    gamma: tf.Tensor,
+    beta: tf.Tensor,
+    epsilon: float,
+    moments: tuple[tf.Tensor, tf.Tensor] | None,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Normalizes the last axis over all others, in one pass for the statistics and one for the values.
+
+    gamma (x - mean) / sqrt(variance + epsilon) + beta. Not meant to be differentiated.
+
+    Args:
+        values: Floats of shape (..., features); half precision is summed up in float32.
+        gamma: Shape (features,), float32 or wider.
+        beta: Shape (features,), float32 or wider.
+        epsilon: Added to the variance.
+        moments: Mean and variance to use, each of shape (features,); `None` to take those of the values.
+
+    Returns:
+        The normalized values, in the dtype of `values`, and the mean and (biased) variance that were used.
+    """
+    if values.dtype == tf.float64:
+        mean, variance = moments or tf.nn.moments(values, list(range(values.shape.rank - 1)))
+        return tf.nn.batch_normalization(values, mean, variance, beta, gamma, epsilon), mean, variance
+    flat = tf.reshape(values, (-1, 1, 1, values.shape[-1]))
+    mean, variance = moments or (tf.zeros([0]), tf.zeros([0]))
+    normalized, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
+        x=flat,
+        scale=gamma,
+        offset=beta,
+        mean=mean,
+        variance=variance,
+        epsilon=epsilon,
+        is_training=moments is None,
+    )
+    if moments is None:
+        count = tf.cast(tf.shape(flat)[0], variance.dtype)
+        variance *= tf.maximum(count - 1, 1) / count  # it comes out as the unbiased one
+    return tf.reshape(normalized, tf.shape(values)), mean, variance
 
 
 def check_finite(value: tf.Tensor, message: str) -> tf.Tensor:

@@ -77,6 +77,11 @@ class BatchNormalization(StreamLayer, keras.layers.BatchNormalization):
         synchronized: bool = False,
         **kwargs: Any,
     ) -> None:
+        if any(name.startswith("renorm") for name in kwargs):
+            raise TypeError(
+                "BatchNormalization over batch and time has no batch renormalization: the statistics are those of "
+                f"Eq. 31. Received {sorted(kwargs)}; leave the renorm arguments out."
+            )
         super().__init__(
             axis=axis,
             momentum=momentum,
@@ -105,55 +110,50 @@ class BatchNormalization(StreamLayer, keras.layers.BatchNormalization):
         values, representation = self._stream(inputs)
         dtype = keras.backend.result_type(representation.dtype, "float32")
         wide = ops.cast(representation, dtype)
-        steps = values.shape[1]
-        wide_values = ops.cast(ops.stop_gradient(values), dtype) if steps != 0 else None
-
+        gamma = ops.cast(self.gamma, dtype) if self.scale else ops.ones(self.moving_mean.shape, dtype)
+        beta = ops.cast(self.beta, dtype) if self.center else ops.zeros(self.moving_mean.shape, dtype)
+        moments = ops.cast(self.moving_mean, dtype), ops.cast(self.moving_variance, dtype)
         if training and self.trainable:
-            mean, variance = self._pooled_moments(wide_values, wide)
+            moments = ops.moments(wide, axes=self._all_but(self._feature_axis, wide), synchronized=self.synchronized)
+
+        if values.shape[1] == 0:
+            currents = None
+        else:
+            constant = not (training and self.trainable)
+            currents, *pooled = self._normalize_values(values, gamma, beta, moments if constant else None)
+            # The value is the values' own; the gradient that of the representation's moments over the batch.
+            moments = moments if constant else tuple(map(backend.carry, pooled, moments))
+        mean, variance = moments
+        if training and self.trainable:
             self._update(self.moving_mean, mean)
             self._update(self.moving_variance, variance)
-        else:
-            mean, variance = ops.cast(self.moving_mean, dtype), ops.cast(self.moving_variance, dtype)
 
-        factor = ops.rsqrt(variance + self.epsilon)
-        if self.scale:
-            factor = factor * ops.cast(self.gamma, dtype)
-        offset = -mean * factor
-        if self.center:
-            offset = offset + ops.cast(self.beta, dtype)
-
-        normalized = ops.cast(self._affine(wide, factor, offset, self._feature_axis), self.compute_dtype)
-        if steps == 0:
-            return without_steps(normalized)
-        factor, offset = ops.stop_gradient(factor), ops.stop_gradient(offset)
-        currents = ops.cast(self._affine(wide_values, factor, offset, self._feature_axis + 1), self.compute_dtype)
-        return Stream(currents, normalized)
-
-    def _pooled_moments(self, values: Any, representation: Any) -> tuple[Any, Any]:
-        """mu and v over batch and time, with the gradients of the representation's moments over the batch."""
-        rank = len(representation.shape)
-        axes = [axis for axis in range(rank) if axis != self._feature_axis]
-        mean, variance = ops.moments(representation, axes=axes, synchronized=self.synchronized)
-        if values is None:
-            return mean, variance
-        axes = [axis for axis in range(rank + 1) if axis != self._feature_axis + 1]
-        pooled_mean, pooled_variance = ops.moments(values, axes=axes, synchronized=self.synchronized)
-        return (
-            backend.carry(ops.stop_gradient(pooled_mean), mean),
-            backend.carry(ops.stop_gradient(pooled_variance), variance),
+        normalized = ops.batch_normalization(
+            wide, mean, variance, axis=self._feature_axis, offset=beta, scale=gamma, epsilon=self.epsilon
         )
+        normalized = ops.cast(normalized, self.compute_dtype)
+        return without_steps(normalized) if currents is None else Stream(currents, normalized)
+
+    def _normalize_values(self, values: Any, gamma: Any, beta: Any, moments: Any) -> tuple[Any, Any, Any]:
+        """The normalized values, and the moments that they were normalized with: the given ones, or their own."""
+        values, gamma, beta = (ops.stop_gradient(x) for x in (values, gamma, beta))
+        axis, last = self._feature_axis + 1, len(values.shape) - 1
+        if moments is None and self.synchronized:
+            moments = ops.moments(ops.cast(values, gamma.dtype), axes=self._all_but(axis, values), synchronized=True)
+        if moments is not None:
+            moments = tuple(ops.stop_gradient(x) for x in moments)
+        values = ops.swapaxes(values, axis, last) if axis != last else values
+        normalized, mean, variance = backend.batch_norm(values, gamma, beta, self.epsilon, moments)
+        normalized = ops.swapaxes(normalized, axis, last) if axis != last else normalized
+        return tuple(ops.stop_gradient(x) for x in (normalized, mean, variance))
+
+    @staticmethod
+    def _all_but(axis: int, x: Any) -> list[int]:
+        return [each for each in range(len(x.shape)) if each != axis]
 
     def _update(self, moving: Any, statistic: Any) -> None:
         current = ops.cast(moving, statistic.dtype)
         moving.assign(current * self.momentum + ops.stop_gradient(statistic) * (1.0 - self.momentum))
-
-    @staticmethod
-    def _affine(x: Any, factor: Any, offset: Any, axis: int) -> Any:
-        if axis != len(x.shape) - 1:
-            shape = [1] * len(x.shape)
-            shape[axis] = -1
-            factor, offset = ops.reshape(factor, shape), ops.reshape(offset, shape)
-        return x * factor + offset
 
     def compute_output_spec(self, inputs: Any, **kwargs: Any) -> Stream:
         stream = self._stream(inputs)

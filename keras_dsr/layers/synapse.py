@@ -84,6 +84,15 @@ def _check_affine(layer: keras.layers.Layer, vouched: bool) -> None:
         )
 
 
+def _unbuilt(config: Any) -> Any:
+    """A layer's config without the shapes it was built for: the synapse builds it, under its own name."""
+    if isinstance(config, dict):
+        return {k: _unbuilt(v) for k, v in config.items() if k not in ("build_config", "build_input_shape")}
+    if isinstance(config, (list, tuple)):
+        return type(config)(_unbuilt(each) for each in config)
+    return config
+
+
 @keras.saving.register_keras_serializable(package="keras_dsr")
 class Synapse(StreamLayer):
     """Applies an affine Keras layer at every time step.
@@ -156,7 +165,7 @@ class Synapse(StreamLayer):
     def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
-            "layer": keras.saving.serialize_keras_object(self.layer),
+            "layer": _unbuilt(keras.saving.serialize_keras_object(self.layer)),
             "affine": self.affine,
         }
 

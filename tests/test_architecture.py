@@ -1,0 +1,122 @@
+"""Imports run one way, and optional packages are imported where they are used."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import keras_dsr
+
+ROOT = Path(keras_dsr.__file__).parent
+
+# A part may import those of its own level and below; cli and tuning, at one level, not each other.
+LEVELS = {
+    "backend": 0,
+    "coding": 1,
+    "constraints": 1,
+    "stream": 2,
+    "layers": 3,
+    "callbacks": 4,
+    "models": 4,
+    "recipes": 5,
+    "training": 6,
+    "tuning": 7,
+    "cli": 8,
+}
+# What does not stand in that line, and all that it may import.
+ALLOWED = {
+    "coding": {"backend"},
+    "backend": set(),
+    "constraints": {"backend"},
+    "stream": {"backend", "coding"},
+    "data": set(),
+    "export": {"backend", "coding", "stream", "layers", "constraints", "callbacks"},
+}
+OPTIONAL = {"tonic", "tensorflow_datasets", "keras_tuner", "tf2onnx", "onnx", "onnxruntime"}
+# tf.data and SavedModel are TensorFlow's own; nothing that a layer or a model needs may ask for it.
+BACKENDS = {"jax": ("backend/jax.py",), "tensorflow": ("backend/tensorflow.py", "data/", "export/")}
+
+MODULES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
+
+
+def part_of(module: str) -> str:
+    """The part of the package that a file is in: its folder, or its own name."""
+    return module.split("/")[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """Dotted names of all that is imported; `from a import b` counts as a.b."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports within the package are absolute"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def top_level(tree: ast.Module) -> ast.Module:
+    """The statements that run as the module is imported: without functions, and what only type checkers read."""
+
+    class Strip(ast.NodeTransformer):
+        def visit_FunctionDef(self, node):
+            return None
+
+        visit_AsyncFunctionDef = visit_FunctionDef
+
+        def visit_If(self, node):
+            return None if "TYPE_CHECKING" in ast.unparse(node.test) else self.generic_visit(node)
+
+    return Strip().visit(tree)
+
+
+def parse(module: str) -> ast.Module:
+    return ast.parse((ROOT / module).read_text(encoding="utf-8"))
+
+
+def test_there_is_something_to_look_at():
+    assert {"coding.py", "stream.py", "backend/tensorflow.py", "layers/neurons.py", "models/vgg.py"} <= set(MODULES)
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module not in ("__init__.py", "__main__.py")])
+def test_imports_run_one_way(module):
+    part = part_of(module)
+    others = set()
+    for name in imports(parse(module)):
+        pieces = name.split(".")
+        if pieces[0] == "keras_dsr" and len(pieces) > 1:
+            others.add(pieces[1])
+    others -= {part, "__version__"}
+    if part in ALLOWED:
+        assert others <= ALLOWED[part], f"{module} imports {sorted(others - ALLOWED[part])}"
+    elif part in LEVELS:
+        above = {other for other in others if other in LEVELS and LEVELS[other] >= LEVELS[part]}
+        assert not above, f"{module} imports {sorted(above)}, which stand above it or beside it"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_optional_packages_are_imported_where_they_are_used(module):
+    packages = {name.split(".")[0] for name in imports(top_level(parse(module)))}
+    assert not packages & OPTIONAL
+    for package, homes in BACKENDS.items():
+        assert package not in packages or module.startswith(homes), f"{module} imports {package}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_say_what_they_are(module):
+    assert ast.get_docstring(parse(module)), "a module starts with a docstring"
+
+
+def test_the_package_itself_needs_no_data_and_no_export():
+    names = {name.split(".")[1] for name in imports(parse("__init__.py")) if name.startswith("keras_dsr.")}
+    assert not names & {"data", "export", "tuning", "training", "cli"}
+
+
+def test_public_names_exist():
+    for module in (keras_dsr, keras_dsr.layers, keras_dsr.models):
+        for name in module.__all__:
+            assert hasattr(module, name), name
+        assert len(set(module.__all__)) == len(module.__all__)
