@@ -6,7 +6,8 @@
 Compared, each in fresh processes, in one run, in turn:
 
 - ours: the network of `keras_dsr.models.preact_resnet`
-- per step: the same network, with the same weights and forward pass, where autodiff goes through every time step
+- per step: the same network of stock Keras layers (its BatchNormalization too) and our neurons on plain tensors, where
+  autodiff goes through every time step of every layer
 - forward: our forward pass alone, in training mode
 - ANN: the network of the same shape with ReLU, made of stock Keras layers
 """
@@ -94,7 +95,7 @@ def measure(task: dict) -> dict[str, float]:
     keras.utils.set_random_seed(0)
     variant, timesteps, batch = task["variant"], task["timesteps"], task["batch"]
     if variant in ("ours", "forward"):
-        neuron = layers.IFSpike(loop=task.get("loop", "unrolled"))
+        neuron = layers.IFSpike(loop=task["loop"]) if "loop" in task else layers.IFSpike()
         model = models.preact_resnet(18, neuron, timesteps, CLASSES, SHAPE)
     else:
         model = stock_network(timesteps if variant == "per step" else None)

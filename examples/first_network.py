@@ -23,9 +23,7 @@ x = layers.Synapse(keras.layers.Dense(data.classes))(x)
 logits = layers.SpikeRep()(x)  # what the spikes stand for
 model = keras.Model(image, logits)
 
-model.compile(
-    "adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"], jit_compile=False
-)
+model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
 model.fit(
     data.train.images,
     data.train.labels,

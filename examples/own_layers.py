@@ -24,7 +24,5 @@ x = layers.LIFSpike(threshold=0.05)(x)
 x = keras.layers.Dense(2)(x)
 model = keras.Model(inputs, layers.SpikeRep(coding="weighted_rate")(x))
 
-model.compile(
-    "adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"], jit_compile=False
-)
+model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
 model.fit(frames, labels, epochs=10, validation_split=0.25, verbose=2)

@@ -6,16 +6,17 @@ import math
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_dsr.constraints import not_finite
-from keras_dsr.layers import SpikingNeuron
+from keras_dsr.layers.neurons import neurons_of
 
 
 class CheckThresholds(keras.callbacks.Callback):
     """Stops training with an error that names the layer, as soon as a threshold is NaN or infinite.
 
-    A threshold that is no number makes its layer's output none, and so the loss. The thresholds are therefore looked
-    at after an epoch, and after a batch only if its loss is not finite: the check costs nothing.
+    A threshold that is no number makes its layer's spikes none, and so the loss. The thresholds are therefore looked at
+    after each epoch, and after a batch only if its loss is not finite.
 
     Raises:
         ValueError: from `fit`, if a threshold is NaN or infinite.
@@ -29,11 +30,6 @@ class CheckThresholds(keras.callbacks.Callback):
         self._check()
 
     def _check(self) -> None:
-        for layer in spiking_neurons(self.model):
-            if not math.isfinite(float(layer.threshold.numpy())):
+        for layer in neurons_of(self.model):
+            if not math.isfinite(float(np.asarray(layer.threshold))):
                 raise ValueError(not_finite(f"threshold of {type(layer).__name__} {layer.name!r}"))
-
-
-def spiking_neurons(model: keras.Model) -> list[SpikingNeuron]:
-    """The neuron layers of a model, in order, those of its sub-models included."""
-    return [layer for layer in model._flatten_layers() if isinstance(layer, SpikingNeuron)]

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from keras_dsr import recipes, training
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,10 +40,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, or 1 after an error that the user can mend, which is printed.
     """
     options = _parser().parse_args(arguments)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    # TensorFlow takes seconds to import: not for --help or a wrong word.
-    from keras_dsr import recipes, training
-
     try:
         if options.command == "train":
             overrides = {name: getattr(options, name) for name in ("epochs", "timesteps", "seed")}
@@ -57,10 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _report(summary, folder: Path, trained: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+def _report(summary: training.Summary, folder: Path, trained: bool) -> None:
     table = Table(title=f"{folder}", title_justify="left", show_header=False)
     table.add_row("test accuracy", f"{summary.test_accuracy:.2%} of {summary.test_images} images")
     table.add_row("validation accuracy", f"{summary.validation_accuracy:.2%}")

@@ -16,61 +16,92 @@ Spike Representation", CVPR 2022, Sections 3.2 and 4.1.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
 
-@runtime_checkable
-class Coding(Protocol):
-    """What the layers ask of a coding; `RateCoding` and `WeightedRateCoding` have it."""
+@dataclasses.dataclass(frozen=True)
+class Coding(abc.ABC):
+    """Weights that decay by one ratio from each time step to the one before; what all codings share.
+
+    A subclass says the ratio, the bound and the clamp. Codings are immutable, compare by their arguments, and Keras
+    serialises them.
+    """
 
     @property
+    @abc.abstractmethod
     def decay(self) -> float:
         """The ratio w_n / w_(n+1) of neighbouring weights, in (0, 1]."""
 
-    def weights(self, timesteps: int) -> np.ndarray:
-        """The weights w_1..w_N, which add up to 1."""
-
-    def represent(self, values: Any) -> Any:
-        """r(x) of a (batch, time, ...) tensor."""
-
+    @abc.abstractmethod
     def bound(self, threshold: Any) -> Any:
-        """The largest representation that a neuron with this threshold can put out."""
+        """b, the largest representation that a neuron with this threshold can put out."""
 
+    @abc.abstractmethod
     def clamp(self, representation: Any, threshold: Any) -> Any:
         """The neuron's output representation, as a function of its input's."""
 
+    def weights(self, timesteps: int) -> np.ndarray:
+        """The weights w_1..w_N.
 
-def _weights(decay: float, timesteps: int) -> np.ndarray:
-    if isinstance(timesteps, bool) or not isinstance(timesteps, (int, np.integer)) or timesteps < 1:
-        raise ValueError(f"A coding has weights for 1 or more time steps. Received timesteps={timesteps!r}.")
-    weights = decay ** np.arange(timesteps - 1, -1, -1, dtype="float64")
-    return weights / weights.sum()
+        Args:
+            timesteps: N, at least 1.
 
+        Returns:
+            A float64 array of shape (N,) that adds up to 1.
 
-def _represent(coding: Coding, values: Any) -> Any:
-    if len(values.shape) < 2:
-        raise ValueError(f"A coding represents (batch, time, ...) tensors. Received shape {tuple(values.shape)}.")
-    if coding.decay == 1.0:
-        return ops.mean(values, axis=1)
-    timesteps = values.shape[1]
-    if timesteps is not None:
-        weights = ops.convert_to_tensor(coding.weights(timesteps), dtype=values.dtype)
-    else:
-        age = ops.flip(ops.arange(ops.shape(values)[1], dtype="float32"))
-        weights = ops.power(coding.decay, age)
-        weights = ops.cast(weights / ops.sum(weights), values.dtype)
-    return ops.einsum("t,bt...->b...", weights, values)
+        Raises:
+            ValueError: if N is not a whole number of at least 1.
+        """
+        if isinstance(timesteps, bool) or not isinstance(timesteps, (int, np.integer)) or timesteps < 1:
+            raise ValueError(f"A coding has weights for 1 or more time steps. Received timesteps={timesteps!r}.")
+        weights = self.decay ** np.arange(timesteps - 1, -1, -1, dtype="float64")
+        return weights / weights.sum()
+
+    def represent(self, values: Any) -> Any:
+        """r(x), the weighted mean over time.
+
+        Args:
+            values: x, floats of shape (batch, time, ...).
+
+        Returns:
+            A tensor of shape (batch, ...).
+
+        Raises:
+            ValueError: if there is no time axis.
+        """
+        if len(values.shape) < 2:
+            raise ValueError(f"A coding represents (batch, time, ...) tensors. Received shape {tuple(values.shape)}.")
+        if self.decay == 1.0:
+            return ops.mean(values, axis=1)
+        timesteps = values.shape[1]
+        if timesteps is not None:
+            weights = ops.convert_to_tensor(self.weights(timesteps), dtype=values.dtype)
+        else:
+            age = ops.flip(ops.arange(ops.shape(values)[1], dtype="float32"))
+            weights = ops.power(self.decay, age)
+            weights = ops.cast(weights / ops.sum(weights), values.dtype)
+        return ops.einsum("t,bt...->b...", weights, values)
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments that make this coding again."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Coding:
+        """The coding that `get_config` described."""
+        return cls(**config)
 
 
 @keras.saving.register_keras_serializable(package="keras_dsr")
 @dataclasses.dataclass(frozen=True)
-class RateCoding:
+class RateCoding(Coding):
     """Rate coding, w_n = 1 / N: the mean over time. The coding of integrate-and-fire neurons.
 
     A neuron's output representation is `clamp(r, 0, V_th)` of its input representation r (Eq. 15).
@@ -88,24 +119,6 @@ class RateCoding:
         """The ratio w_n / w_(n+1): 1."""
         return 1.0
 
-    def weights(self, timesteps: int) -> np.ndarray:
-        """The weights w_1..w_N.
-
-        Args:
-            timesteps: N, at least 1.
-
-        Returns:
-            A float64 array of shape (N,) that adds up to 1.
-
-        Raises:
-            ValueError: if N is below 1.
-        """
-        return _weights(self.decay, timesteps)
-
-    def represent(self, values: Any) -> Any:
-        """r(x), the mean over time: (batch, time, ...) -> (batch, ...)."""
-        return _represent(self, values)
-
     def bound(self, threshold: Any) -> Any:
         """b = V_th: what a neuron that fires at each step puts out."""
         return threshold
@@ -119,19 +132,10 @@ class RateCoding:
         zero = ops.zeros_like(representation)
         return ops.where(representation > threshold, threshold, ops.where(representation < 0, zero, representation))
 
-    def get_config(self) -> dict[str, Any]:
-        """The arguments that make this coding again."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> RateCoding:
-        """The coding that `get_config` described."""
-        return cls(**config)
-
 
 @keras.saving.register_keras_serializable(package="keras_dsr")
 @dataclasses.dataclass(frozen=True)
-class WeightedRateCoding:
+class WeightedRateCoding(Coding):
     """Weighted rate coding, w_n proportional to lambda^(N - n): the coding of leaky neurons.
 
     lambda = exp(-dt / tau) is what the membrane potential keeps of itself in one time step, so the weights
@@ -172,24 +176,6 @@ class WeightedRateCoding:
         """The ratio w_n / w_(n+1): lambda = exp(-dt / tau)."""
         return math.exp(-self.dt / self.tau)
 
-    def weights(self, timesteps: int) -> np.ndarray:
-        """The weights w_1..w_N.
-
-        Args:
-            timesteps: N, at least 1.
-
-        Returns:
-            A float64 array of shape (N,) that adds up to 1.
-
-        Raises:
-            ValueError: if N is below 1.
-        """
-        return _weights(self.decay, timesteps)
-
-    def represent(self, values: Any) -> Any:
-        """r(x), the weighted mean over time: (batch, time, ...) -> (batch, ...)."""
-        return _represent(self, values)
-
     def bound(self, threshold: Any) -> Any:
         """b = V_th / dt: what a neuron that fires at each step puts out."""
         return threshold / self.dt
@@ -204,15 +190,6 @@ class WeightedRateCoding:
         bound = self.bound(threshold)
         zero = ops.zeros_like(scaled)
         return ops.where(scaled >= bound, bound, ops.where(scaled <= 0, zero, scaled))
-
-    def get_config(self) -> dict[str, Any]:
-        """The arguments that make this coding again."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> WeightedRateCoding:
-        """The coding that `get_config` described."""
-        return cls(**config)
 
 
 def get(identifier: Any) -> Coding:
@@ -231,7 +208,7 @@ def get(identifier: Any) -> Coding:
             return names[identifier]()
     elif isinstance(identifier, dict):
         return get(keras.saving.deserialize_keras_object(identifier))
-    elif isinstance(identifier, Coding) and not isinstance(identifier, type):
+    elif isinstance(identifier, Coding):
         return identifier
     raise ValueError(
         "A coding is 'rate', 'weighted_rate', keras_dsr.RateCoding() or keras_dsr.WeightedRateCoding(tau, dt). "

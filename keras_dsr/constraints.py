@@ -45,5 +45,5 @@ def not_finite(owner: str) -> str:
     """The error message for a threshold that became NaN or infinite."""
     return (
         f"The {owner} is no longer a finite number after an update. Lower the learning rate, clip the gradients "
-        "(clipnorm), or look for NaN in the data."
+        "with clipnorm, or look for NaN in the data."
     )

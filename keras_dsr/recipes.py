@@ -8,7 +8,8 @@ from typing import Any
 
 import keras
 
-from keras_dsr import layers, models
+from keras_dsr import models
+from keras_dsr.models.common import NEURONS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,12 +65,11 @@ class Recipe:
             classes: Number of classes.
             input_shape: Height, width and channels of an image.
         """
-        kind = {"if": layers.IFSpike, "lif": layers.LIFSpike}.get(self.neuron)
-        if kind is None:
-            raise ValueError(f"neuron is 'if' or 'lif'. Received neuron={self.neuron!r}.")
+        if self.neuron not in NEURONS:
+            raise ValueError(f"neuron is one of {sorted(NEURONS)}. Received neuron={self.neuron!r}.")
         return models.small_cnn(
             widths=self.widths,
-            neuron=kind(threshold=self.threshold, alpha=self.alpha),
+            neuron=NEURONS[self.neuron](threshold=self.threshold, alpha=self.alpha),
             timesteps=self.timesteps,
             classes=classes,
             input_shape=input_shape,

@@ -16,6 +16,7 @@ Reference: Meng et al., CVPR 2022, Eqs. 16-17.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,7 +33,8 @@ _CONVERSIONS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@keras.saving.register_keras_serializable(package="keras_dsr")
+@dataclasses.dataclass(frozen=True, repr=False)
 class Stream:
     """The values of a simulation and their representation, as they travel between layers.
 
@@ -53,16 +55,36 @@ class Stream:
         """The number of time steps N; 0 if there is only a representation; `None` if known at run time alone."""
         return self.values.shape[1]
 
+    def get_config(self) -> dict[str, Any]:
+        """Its parts, for Keras to save a model in whose graph a stream stands as it is."""
+        return {"values": self.values, "representation": self.representation}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Stream:
+        """The stream that `get_config` described."""
+        return cls(**{name: keras.saving.deserialize_keras_object(part) for name, part in config.items()})
+
     def __iter__(self) -> Iterator[Any]:
         return iter((self.values, self.representation))
 
     def __bool__(self) -> bool:
         return True
 
-    # Keras asks for the length of a structure that a layer is called with, before it looks at the layer. Our own
-    # layers are called with a plain tuple instead, so only a layer that cannot take a stream gets here.
     def __len__(self) -> int:
+        if _called_by_stock_layer():
+            raise self._misplaced()
+        return 2
+
+    def __repr__(self) -> str:
+        return (
+            f"<keras_dsr.Stream values={self.values!r} representation={self.representation!r}; "
+            "for the layers of keras_dsr.layers, such as Synapse and Add, or to convert with its ToTensor or SpikeRep>"
+        )
+
+    def __add__(self, other: Any) -> Any:
         raise self._misplaced()
+
+    __radd__ = __mul__ = __rmul__ = __sub__ = __rsub__ = __truediv__ = __add__
 
     # Operations of TensorFlow and JAX ask these whether an object can become a tensor.
     def __tf_tensor__(self, dtype: Any = None, name: str | None = None) -> Any:
@@ -85,6 +107,23 @@ class Stream:
     @classmethod
     def __tf_unflatten__(cls, metadata: tuple[()], components: tuple[Any, Any]) -> Stream:
         return cls(*components)
+
+
+def _called_by_stock_layer() -> bool:
+    """Whether `Stream.__len__` was asked by a stock Keras layer that is being called with the stream.
+
+    Keras asks for the length of a structure that a layer is called with before it builds the layer, and that is the one
+    place where an error can say what to do instead, for all stock layers alike, eager or symbolic. Models and layers of
+    others may take streams; should Keras stop asking, stock layers still raise Keras's own errors.
+    """
+    call_spec = sys._getframe(2)
+    call = call_spec.f_back
+    layer = call.f_locals.get("self") if call is not None else None
+    return (
+        isinstance(layer, keras.layers.Layer)
+        and not isinstance(layer, keras.Model)
+        and type(layer).__module__.partition(".")[0] == "keras"
+    )
 
 
 # Keras looks into structures by optree, under a name of its own.

@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import json
 import platform
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 import keras_dsr
 from keras_dsr.analysis import figures, firing
 from keras_dsr.callbacks import CheckThresholds
+from keras_dsr.constraints import not_finite
 from keras_dsr.data import images
 from keras_dsr.files import replacing
 from keras_dsr.recipes import Recipe
@@ -72,8 +74,6 @@ class _ThresholdHistory(keras.callbacks.Callback):
 def compile_model(model: keras.Model, recipe: Recipe, steps: int) -> None:
     """Compiles a model as its recipe says.
 
-    On TensorFlow the step runs as a graph without XLA, which is faster on a CPU and needs no compilation.
-
     Args:
         model: The model.
         recipe: The recipe.
@@ -83,7 +83,6 @@ def compile_model(model: keras.Model, recipe: Recipe, steps: int) -> None:
         optimizer=keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(recipe.learning_rate, steps)),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
-        jit_compile=keras.backend.backend() != "tensorflow",
     )
 
 
@@ -122,14 +121,20 @@ def train(recipe: Recipe, folder: Path, verbose: int | str = "auto") -> Summary:
     compile_model(model, recipe, steps=recipe.epochs * len(batches))
     kept = _ThresholdHistory()
     started = time.perf_counter()
-    history = model.fit(
-        batches,
-        validation_data=(data.validation.images, data.validation.labels),
-        epochs=recipe.epochs,
-        shuffle=False,  # the batches are, already
-        callbacks=[CheckThresholds(), kept],
-        verbose=verbose,
-    ).history
+    try:
+        history = model.fit(
+            batches,
+            validation_data=(data.validation.images, data.validation.labels),
+            epochs=recipe.epochs,
+            shuffle=False,  # the batches are, already
+            callbacks=[CheckThresholds(), kept],
+            verbose=verbose,
+        ).history
+    except Exception as error:
+        # TensorFlow's own error class, with our message somewhere within.
+        if found := re.search(not_finite("threshold of [^.]*?"), str(error)):
+            raise ValueError(found[0]) from error
+        raise
     seconds = time.perf_counter() - started
 
     with replacing(folder / "model.keras") as beside:

@@ -201,3 +201,83 @@ def test_without_steps_keeps_the_gradient():
 def test_as_stream_names_its_owner():
     with pytest.raises(TypeError, match=r"^somebody expects a stream"):
         as_stream(np.zeros((2, 3)), "somebody")
+
+
+@keras.saving.register_keras_serializable("test")
+class ResidualBlock(keras.layers.Layer):
+    """Someone's own layer that takes a stream and gives one."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.synapse = layers.Synapse(keras.layers.Dense(3))
+        self.neuron = layers.IFSpike(threshold=0.5)
+        self.add = layers.Add()
+
+    def build(self, input_shape):
+        self.synapse.build(((None, 3, 3), (None, 3)))
+        self.neuron.build(None)
+
+    def call(self, stream):
+        return self.add([self.neuron(self.synapse(stream)), stream])
+
+
+class SubclassedModel(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.parts = [layers.IFSpike(threshold=0.5, timesteps=3), ResidualBlock(), layers.SpikeRep()]
+
+    def call(self, x):
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+def functional_of_own_layers():
+    inputs = keras.Input((3,))
+    return keras.Model(inputs, layers.SpikeRep()(ResidualBlock()(layers.IFSpike(threshold=0.5, timesteps=3)(inputs))))
+
+
+def nested_sequential():
+    inner = keras.Sequential([layers.Synapse(keras.layers.Dense(3)), layers.IFSpike(threshold=0.5)])
+    return keras.Sequential([keras.Input((3,)), layers.IFSpike(threshold=0.5, timesteps=3), inner, layers.SpikeRep()])
+
+
+@pytest.mark.parametrize("make", [functional_of_own_layers, nested_sequential, SubclassedModel])
+def test_layers_and_models_of_others_take_and_give_streams(make, tmp_path):
+    model = make()
+    x = np.random.default_rng(0).random((4, 3)).astype("float32")
+    model.compile("sgd", "mse")
+    before = model.predict(x, verbose=0)
+    model.fit(x, np.zeros((4, 3)), verbose=0)
+    after = model.predict(x, verbose=0)
+    assert not np.array_equal(before, after)
+    if make is not SubclassedModel:
+        model.save(tmp_path / "model.keras")
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+        np.testing.assert_array_equal(loaded.predict(x, verbose=0), after)
+
+
+@pytest.mark.parametrize("symbolic", [False, True], ids=["eager", "symbolic"])
+@pytest.mark.parametrize("layer", [keras.layers.Add, keras.layers.Concatenate])
+def test_stock_merge_layers_name_the_way(layer, symbolic):
+    with pytest.raises(ValueError, match=r"for the layers of keras_dsr\.layers, such as Synapse and Add"):
+        layer()([stream(symbolic), stream(symbolic)])
+
+
+def test_arithmetic_on_a_stream_is_refused():
+    with pytest.raises(TypeError, match="A stream went where a tensor was expected"):
+        stream() + 1.0
+    with pytest.raises(TypeError, match="A stream went where a tensor was expected"):
+        2.0 * stream()
+
+
+def test_a_stream_has_two_parts():
+    assert len(stream()) == 2
+    assert len(list(stream())) == 2
+
+
+def test_streams_and_tensors_may_be_passed_by_keyword():
+    synapse = layers.Synapse(keras.layers.Dense(2))
+    with pytest.raises(TypeError, match="expects a stream"):
+        synapse(inputs=np.ones((2, 3, 4), "float32"))
+    assert isinstance(synapse(inputs=layers.IFSpike(timesteps=3)(np.ones((2, 4), "float32"))), Stream)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
 
@@ -10,7 +11,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_dsr import cli, training
+from keras_dsr import cli, recipes, training
 from keras_dsr.data import images
 
 
@@ -89,8 +90,13 @@ def test_mistakes_end_with_a_message_and_leave_nothing(arguments, message, tmp_p
 
 
 def test_two_runs_of_one_second_get_two_folders(tmp_path):
-    from keras_dsr import recipes
-
     folders = {training.new_run_folder(recipes.get("digits"), tmp_path) for _ in range(3)}
     assert len(folders) == 3
     assert all(folder.is_dir() for folder in folders)
+
+
+def test_a_threshold_that_is_no_number_ends_training_with_its_layers_name(tmp_path):
+    recipe = dataclasses.replace(recipes.get("digits"), learning_rate=float("inf"), epochs=1, timesteps=2)
+    with pytest.raises(ValueError, match=r"^The threshold of IFSpike '\w+' is no longer a finite number"):
+        training.train(recipe, tmp_path, verbose=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.json"]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import keras
 import numpy as np
 
 from keras_dsr.layers import SpikingNeuron
+from keras_dsr.layers.neurons import neurons_of
 
 
 def _probe(model: keras.Model) -> keras.Model:
@@ -23,6 +23,11 @@ def _probe(model: keras.Model) -> keras.Model:
                     "steps with keras_dsr.models.with_timesteps(model, N)."
                 )
             outputs[layer.name] = values
+    if not outputs and neurons_of(model):
+        raise ValueError(
+            f"The spiking layers of model {model.name!r} are inside of its sub-models or layers, where nothing reaches "
+            "their spikes from outside. Run this on the sub-model that has them among its own layers."
+        )
     if not outputs:
         raise ValueError(f"Model {model.name!r} has no spiking layers (IFSpike, LIFSpike) to look at.")
     return keras.Model(model.inputs, outputs)
@@ -85,5 +90,4 @@ def firing_rates(model: keras.Model, x: np.ndarray, batch_size: int = 128) -> di
 
 def thresholds(model: keras.Model) -> dict[str, float]:
     """The threshold V_th of each neuron layer, by name and in order."""
-    found: dict[str, Any] = {layer.name: layer.threshold for layer in model.layers if isinstance(layer, SpikingNeuron)}
-    return {name: float(value.numpy()) for name, value in found.items()}
+    return {layer.name: float(np.asarray(layer.threshold)) for layer in neurons_of(model)}

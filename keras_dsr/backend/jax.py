@@ -31,7 +31,6 @@ def simulate(
     *,
     alpha: float,
     decay: float,
-    gain: float,
     scale: float,
     timesteps: int | None,
     loop: str,
@@ -44,6 +43,7 @@ def simulate(
     wide = jnp.promote_types(dtype, jnp.float32)
     threshold = threshold.astype(wide)
     spike = threshold * scale
+    gain = 1.0 if decay == 1.0 else 1.0 - float(wide.type(decay))
 
     def scaled(x, factor):
         return x if factor == 1.0 else jnp.maximum(x * factor, jnp.finfo(wide).min)  # as on TensorFlow

@@ -37,7 +37,6 @@ def simulate(
     *,
     alpha: float,
     decay: float,
-    gain: float,
     scale: float,
     timesteps: int | None,
     loop: str,
@@ -46,7 +45,8 @@ def simulate(
 
     For n = 1..N, from V[0] = 0 (Eqs. 4, 5 and 20):
 
-        U[n] = decay V[n-1] + gain I[n];  s[n] = H(U[n] - alpha V_th);  V[n] = U[n] - V_th s[n]
+        U[n] = decay V[n-1] + (1 - decay) I[n], or V[n-1] + I[n] if decay is 1;
+        s[n] = H(U[n] - alpha V_th);  V[n] = U[n] - V_th s[n]
 
     Args:
         current: I, floats of shape (batch, time, ...); or (batch, ...) with `timesteps`, where each step gets
@@ -54,7 +54,6 @@ def simulate(
         threshold: V_th, a float32 scalar.
         alpha: A neuron fires at alpha V_th.
         decay: lambda, what a step leaves of the potential: 1 for IF, exp(-dt / tau) for LIF.
-        gain: The weight of the current: 1 for IF, 1 - lambda for LIF.
         scale: A spike is worth V_th scale: 1 for IF, 1 / dt for LIF.
         timesteps: N, for a current without time axis; else `None`.
         loop: "unrolled", or "while".
@@ -70,6 +69,8 @@ def simulate(
     wide = dtype if dtype.size >= 4 else tf.float32
     threshold = tf.cast(threshold, wide)
     firing_level = alpha * threshold
+    # 1 - lambda of the lambda that this precision has: the two add up to 1, as in the paper's code.
+    gain = 1.0 if decay == 1.0 else 1.0 - float(wide.as_numpy_dtype(decay))
     spike = threshold if scale == 1.0 else threshold * scale
 
     def scaled(x, factor):
@@ -115,6 +116,7 @@ def simulate(
         body,
         (tf.constant(0), start, start, tf.zeros([], wide), outputs),
         maximum_iterations=timesteps,
+        parallel_iterations=1,
     )
     stacked = outputs.stack()  # (time, batch, ...)
     values = tf.transpose(stacked, [1, 0, *range(2, stacked.shape.rank)])
@@ -146,7 +148,7 @@ def batch_norm(
     if values.dtype == tf.float64:
         mean, variance = moments or tf.nn.moments(values, list(range(values.shape.rank - 1)))
         return tf.nn.batch_normalization(values, mean, variance, beta, gamma, epsilon), mean, variance
-    flat = tf.reshape(values, (-1, 1, 1, values.shape[-1]))
+    flat = tf.reshape(values, (1, -1, 1, values.shape[-1]))
     mean, variance = moments or (tf.zeros([0]), tf.zeros([0]))
     normalized, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
         x=flat,
@@ -158,7 +160,7 @@ def batch_norm(
         is_training=moments is None,
     )
     if moments is None:
-        count = tf.cast(tf.shape(flat)[0], variance.dtype)
+        count = tf.cast(tf.shape(flat)[1], variance.dtype)
         variance *= tf.maximum(count - 1, 1) / count  # it comes out as the unbiased one
     return tf.reshape(normalized, tf.shape(values)), mean, variance
 

@@ -12,18 +12,17 @@ from keras_dsr.stream import Stream, as_stream, is_stream
 class StreamLayer(keras.layers.Layer):
     """A layer that can be called with a stream.
 
-    Keras is handed the stream's two tensors as a plain tuple: that is what it records in a model's graph, saves,
-    and calls the layer with when the model runs. Subclasses make a `Stream` of it again (`keras_dsr.stream.as_stream`).
+    Keras is handed the stream's two tensors as a plain tuple: that is what it records in a model's graph, saves, and
+    calls the layer with when the model runs. Subclasses make a `Stream` of it again (`keras_dsr.stream.as_stream`).
+    The output has the shape of the input unless a subclass says otherwise.
     """
 
     takes_tensors = False
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if args and not self.takes_tensors and not is_stream(args[0]):
-            self._stream(args[0])  # raises, before Keras builds the layer for a wrong shape
-        args = tuple(tuple(arg) if isinstance(arg, Stream) else arg for arg in args)
-        kwargs = {name: tuple(arg) if isinstance(arg, Stream) else arg for name, arg in kwargs.items()}
-        return super().__call__(*args, **kwargs)
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.takes_tensors and not is_stream(inputs):
+            self._stream(inputs)  # raises, before Keras builds the layer for a wrong shape
+        return super().__call__(tuple(inputs) if isinstance(inputs, Stream) else inputs, *args, **kwargs)
 
     @property
     def _title(self) -> str:
@@ -31,6 +30,13 @@ class StreamLayer(keras.layers.Layer):
 
     def _stream(self, inputs: Any) -> Stream:
         return as_stream(inputs, self._title)
+
+    def compute_output_spec(self, inputs: Any, **kwargs: Any) -> Any:
+        stream = self._stream(inputs)
+        return self._symbolic(stream.values.shape, stream.representation.shape)
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        return input_shape
 
     def _symbolic(self, values_shape: Any, representation_shape: Any) -> Stream:
         return Stream(

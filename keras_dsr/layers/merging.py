@@ -111,12 +111,5 @@ class Dropout(StreamLayer):
         mask = keras.random.dropout(ops.ones_like(representation), self.rate, seed=self.seed_generator)
         return Stream(values * ops.expand_dims(mask, 1), representation * mask)
 
-    def compute_output_spec(self, inputs: Any, **kwargs: Any) -> Stream:
-        stream = self._stream(inputs)
-        return self._symbolic(stream.values.shape, stream.representation.shape)
-
-    def compute_output_shape(self, input_shape: Any) -> Any:
-        return input_shape
-
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "rate": self.rate, "seed": self.seed}

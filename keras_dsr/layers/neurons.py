@@ -31,7 +31,6 @@ import operator
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_dsr import backend
@@ -62,13 +61,12 @@ def check_timesteps(timesteps: Any) -> int | None:
 class SpikingNeuron(StreamLayer):
     """What `IFSpike` and `LIFSpike` share: the threshold, the simulation and the clamp's gradient.
 
-    A subclass sets `coding`, `gain`, `scale` and the default of `threshold_gradient_scale`.
+    A subclass sets `coding`, `scale` and the default of `threshold_gradient_scale`.
     """
 
     takes_tensors = True
 
     coding: Coding
-    gain: float
     scale: float
 
     def __init__(
@@ -121,6 +119,8 @@ class SpikingNeuron(StreamLayer):
             regularizer=keras.regularizers.L2(self.threshold_l2) if self.threshold_l2 else None,
             constraint=LowerBound(self.threshold_lower_bound, owner=f"threshold of {self._title}"),
             trainable=self.trainable_threshold,
+            # However coarse the layer's own precision: an update would be lost in half of it.
+            dtype=keras.backend.result_type(self.variable_dtype, "float32"),
             autocast=False,
         )
 
@@ -143,7 +143,6 @@ class SpikingNeuron(StreamLayer):
             ops.stop_gradient(threshold),
             alpha=self.alpha,
             decay=self.coding.decay,
-            gain=self.gain,
             scale=self.scale,
             timesteps=None if len(values.shape) > len(representation.shape) else steps,
             loop=self.loop,
@@ -191,7 +190,7 @@ class SpikingNeuron(StreamLayer):
     def compute_output_spec(self, inputs: Any, **kwargs: Any) -> Any:
         self._check(inputs)
         if is_stream(inputs):
-            return self._symbolic(inputs[0].shape, inputs[1].shape)
+            return super().compute_output_spec(inputs)
         shape = tuple(inputs.shape)
         if self.timesteps is None:
             return keras.KerasTensor(shape, dtype=self.compute_dtype)
@@ -231,7 +230,7 @@ class IFSpike(SpikingNeuron):
         alpha: A neuron fires as its potential reaches alpha V_th; in [0, 1]. 0.5, the default, rounds where 1 rounds
             down, which makes the error of representation least (Eq. 21).
         timesteps: Number N of time steps to make of a static current; 0 for the representation alone; `None` if the
-            input has a time axis.
+            input has a time axis. A plain tensor is static wherever `timesteps` is given, whatever its rank.
         trainable_threshold: Whether V_th, one scalar for the layer, trains.
         threshold_lower_bound: Least value of V_th, kept by a constraint; above 0.
         threshold_l2: L2 penalty on V_th: threshold_l2 V_th^2 is added to the loss. The default is half the paper's
@@ -264,7 +263,6 @@ class IFSpike(SpikingNeuron):
     """
 
     coding = RateCoding()
-    gain = 1.0
     scale = 1.0
 
     def __init__(
@@ -304,13 +302,16 @@ class LIFSpike(SpikingNeuron):
     `threshold_gradient_scale`. The gradient that a plain (batch, time, ...) tensor gets follows the chain rule of Eqs.
     16 and 17: step n gets the part w_n.
 
+    The stream that it receives must be coded by the same tau and dt, as other `LIFSpike` layers and
+    `ToStream(WeightedRateCoding(tau, dt))` code it: a stream does not say how it is coded.
+
     Args:
         threshold: Initial V_th, in the unit of the input current; above 0.
         alpha: A neuron fires as its potential reaches alpha V_th; in [0, 1].
         tau: Membrane time constant, in the unit of `dt`; above 0.
         dt: Length of a time step; above 0 and below `tau`.
         timesteps: Number N of time steps to make of a static current; 0 for the representation alone; `None` if the
-            input has a time axis.
+            input has a time axis. A plain tensor is static wherever `timesteps` is given, whatever its rank.
         trainable_threshold: Whether V_th, one scalar for the layer, trains.
         threshold_lower_bound: Least value of V_th, kept by a constraint; above 0.
         threshold_l2: L2 penalty on V_th: threshold_l2 V_th^2 is added to the loss. The default is half the paper's
@@ -371,9 +372,12 @@ class LIFSpike(SpikingNeuron):
         )
         self.tau = float(tau)
         self.dt = float(dt)
-        # 1 - lambda of the lambda that float32 has: both add up to 1, and the spikes are those of the paper's code.
-        self.gain = 1.0 - float(np.float32(self.coding.decay))
         self.scale = 1.0 / self.dt
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "tau": self.tau, "dt": self.dt}
+
+
+def neurons_of(model: keras.Model) -> list[SpikingNeuron]:
+    """The neuron layers of a model, in order, those within its layers and sub-models included."""
+    return [layer for layer in model._flatten_layers() if isinstance(layer, SpikingNeuron)]

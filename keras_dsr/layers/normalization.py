@@ -77,6 +77,8 @@ class BatchNormalization(StreamLayer, keras.layers.BatchNormalization):
         synchronized: bool = False,
         **kwargs: Any,
     ) -> None:
+        if isinstance(axis, bool) or not isinstance(axis, int):
+            raise TypeError(f"axis is the number of one axis, the features'. Received axis={axis!r}.")
         if any(name.startswith("renorm") for name in kwargs):
             raise TypeError(
                 "BatchNormalization over batch and time has no batch renormalization: the statistics are those of "
@@ -154,13 +156,6 @@ class BatchNormalization(StreamLayer, keras.layers.BatchNormalization):
     def _update(self, moving: Any, statistic: Any) -> None:
         current = ops.cast(moving, statistic.dtype)
         moving.assign(current * self.momentum + ops.stop_gradient(statistic) * (1.0 - self.momentum))
-
-    def compute_output_spec(self, inputs: Any, **kwargs: Any) -> Stream:
-        stream = self._stream(inputs)
-        return self._symbolic(stream.values.shape, stream.representation.shape)
-
-    def compute_output_shape(self, input_shape: Any) -> Any:
-        return input_shape
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()

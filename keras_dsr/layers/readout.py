@@ -39,8 +39,8 @@ class SpikeRep(StreamLayer):
     Example:
 
     >>> import numpy as np
-    >>> SpikeRep()(np.array([[[0.0], [2.0], [0.0], [2.0]]], "float32")).numpy().tolist()
-    [[1.0]]
+    >>> float(SpikeRep()(np.array([[[0.0], [2.0], [0.0], [2.0]]], "float32"))[0, 0])
+    1.0
 
     Reference: Meng et al., CVPR 2022, Section 3.2.
     """

@@ -64,9 +64,9 @@ def _check_affine(layer: keras.layers.Layer, vouched: bool) -> None:
             _check_affine(part, vouched)
         return
     kind = type(layer)
-    if not vouched and kind not in AFFINE_LAYERS:
-        instead = next((text for base, text in _INSTEAD.items() if isinstance(layer, base)), None)
-        hint = f"Use {instead}." if instead else "If it is a layer of your own and affine, pass affine=True."
+    instead = next((text for base, text in _INSTEAD.items() if isinstance(layer, base)), None)
+    if instead or (not vouched and kind not in AFFINE_LAYERS):
+        hint = f"Use {instead}." if instead else "If it is affine all the same, pass affine=True."
         raise ValueError(
             "A synapse wraps an affine layer, since its representation must be the layer of the representation "
             f"(Eq. 17). Received {kind.__name__} {layer.name!r}. {hint}"
@@ -106,7 +106,8 @@ class Synapse(StreamLayer):
         layer: An affine Keras layer without activation: Dense, EinsumDense, convolutions (transposed, separable,
             depthwise too), average pooling, padding, cropping, upsampling, Flatten, Reshape, Permute; or a
             `keras.Sequential` of such. It sees one time step: its input is (batch, ...), without a time axis.
-        affine: Whether you vouch that a layer of your own is affine (f(a x + b y) = a f(x) + b f(y) for a + b = 1).
+        affine: Whether you vouch that a layer which is not among these, such as one of your own, is affine
+            (f(a x + b y) = a f(x) + b f(y) for a + b = 1).
         **kwargs: `name`, `dtype` and `trainable`, as every Keras layer has them.
 
     Input shape:

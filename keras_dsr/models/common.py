@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -32,6 +33,11 @@ class Builder:
             raise ValueError(
                 f"neuron is one of {sorted(NEURONS)}, or a layer such as keras_dsr.layers.IFSpike(threshold=1.0). "
                 f"Received neuron={neuron!r}."
+            )
+        if neuron.timesteps is not None:
+            raise ValueError(
+                "The number of time steps is the network's, not the neuron's. Received a neuron with "
+                f"timesteps={neuron.timesteps!r}; give it to the network instead."
             )
         self.prototype = neuron
         self.timesteps = check_timesteps(timesteps)
@@ -79,7 +85,15 @@ class Builder:
         return layers.SpikeRep(name="logits")(x)
 
 
-def check_counts(classes: int, dropout: float) -> None:
+def check_image_network(timesteps: int | None, input_shape: Sequence[int | None]) -> None:
+    """Raises a ValueError unless a network for images knows its time steps and its input is an image."""
+    if timesteps is None:
+        raise ValueError("An image has no time axis, so timesteps must be a number. Received timesteps=None.")
+    if len(input_shape) != 3:
+        raise ValueError(f"input_shape is (height, width, channels). Received input_shape={input_shape!r}.")
+
+
+def check_head(classes: int, dropout: float) -> None:
     """Raises a ValueError unless there are classes to tell apart and the dropout rate is one."""
     if classes < 2:
         raise ValueError(f"A classifier tells 2 or more classes apart. Received classes={classes!r}.")

@@ -6,7 +6,7 @@ import keras
 
 from keras_dsr import layers
 from keras_dsr.layers.neurons import SpikingNeuron
-from keras_dsr.models.common import Builder, check_counts
+from keras_dsr.models.common import Builder, check_head, check_image_network
 from keras_dsr.stream import Stream
 
 # depth -> blocks in each stage, channels in each stage
@@ -66,11 +66,8 @@ def preact_resnet(
         raise ValueError(f"depth is one of {sorted(_STAGES)}. Received depth={depth!r}.")
     if stem not in ("cifar", "imagenet"):
         raise ValueError(f"stem is 'cifar' or 'imagenet'. Received stem={stem!r}.")
-    if timesteps is None:
-        raise ValueError("An image has no time axis, so timesteps must be a number. Received timesteps=None.")
-    if len(input_shape) != 3:
-        raise ValueError(f"input_shape is (height, width, channels). Received input_shape={input_shape!r}.")
-    check_counts(classes, dropout)
+    check_image_network(timesteps, input_shape)
+    check_head(classes, dropout)
     build = Builder(neuron, timesteps)
     blocks, channels = _STAGES[depth]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import keras
 
 from keras_dsr.layers.neurons import SpikingNeuron
-from keras_dsr.models.common import Builder, check_counts
+from keras_dsr.models.common import Builder, check_head, check_image_network
 
 
 def small_cnn(
@@ -41,11 +41,8 @@ def small_cnn(
     """
     if not widths:
         raise ValueError("widths names the channels of at least one convolution. Received an empty sequence.")
-    if timesteps is None:
-        raise ValueError("An image has no time axis, so timesteps must be a number. Received timesteps=None.")
-    if len(input_shape) != 3:
-        raise ValueError(f"input_shape is (height, width, channels). Received input_shape={input_shape!r}.")
-    check_counts(classes, dropout)
+    check_image_network(timesteps, input_shape)
+    check_head(classes, dropout)
     build = Builder(neuron, timesteps)
 
     x = inputs = keras.Input(input_shape, name="image")

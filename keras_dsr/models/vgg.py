@@ -6,7 +6,7 @@ import keras
 
 from keras_dsr import layers
 from keras_dsr.layers.neurons import SpikingNeuron
-from keras_dsr.models.common import Builder, check_counts
+from keras_dsr.models.common import Builder, check_head
 
 # Channels of the convolutions; average pooling by 2 follows each group.
 _GROUPS: dict[int, tuple[tuple[int, ...], ...]] = {11: ((64,), (128,), (256, 256), (512, 512), (512, 512))}
@@ -51,7 +51,7 @@ def vgg(
         raise ValueError(
             f"input_shape is (time, height, width, polarities): events come in frames. Received {input_shape!r}."
         )
-    check_counts(classes, dropout)
+    check_head(classes, dropout)
     build = Builder(neuron, None)
 
     inputs = keras.Input(input_shape, name="frames")

@@ -54,3 +54,11 @@ def test_a_model_without_spikes_is_refused(model, x):
 def test_no_samples_are_refused(model, x):
     with pytest.raises(ValueError, match="received no samples"):
         firing.firing_rates(model, x[:0])
+
+
+def test_neurons_within_sub_models_are_found_or_refused(model, x):
+    inputs = keras.Input((8, 8, 1))
+    outer = keras.Model(inputs, keras.layers.Dense(2)(model(inputs)))
+    assert firing.thresholds(outer) == firing.thresholds(model)
+    with pytest.raises(ValueError, match="are inside of its sub-models"):
+        firing.firing_rates(outer, x)

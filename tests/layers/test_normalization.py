@@ -331,3 +331,8 @@ def test_synchronized_replicas_share_their_statistics(tmp_path):
     assert len(one) == 5
     for name in one:
         np.testing.assert_allclose(two[name], one[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_several_axes_are_refused():
+    with pytest.raises(TypeError, match=r"Received axis=\[1, 2\]"):
+        layers.BatchNormalization(axis=[1, 2])

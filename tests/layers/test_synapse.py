@@ -139,7 +139,7 @@ def test_gradients_are_those_of_the_representation(case, jit):
         (lambda: L.BatchNormalization(), "keras_dsr.layers.BatchNormalization, which pools batch and time"),
         (
             lambda: L.LayerNormalization(),
-            "LayerNormalization.*If it is a layer of your own and affine, pass affine=True",
+            "LayerNormalization.*If it is affine all the same, pass affine=True",
         ),
         (lambda: L.Dense(3, activation="relu"), "without activation.*Dense.*activation='relu'.*put a neuron after"),
         (lambda: L.Conv2D(3, 3, activity_regularizer="l2"), "cannot honour an activity regularizer.*leave it out"),
@@ -271,3 +271,8 @@ def test_frozen_layers_do_not_train():
     synapse(make_stream((4,)))
     assert synapse.trainable_weights == []
     assert len(synapse.non_trainable_weights) == 2
+
+
+def test_vouching_does_not_make_dropout_affine():
+    with pytest.raises(ValueError, match=r"keras_dsr\.layers\.Dropout"):
+        layers.Synapse(keras.layers.Dropout(0.5), affine=True)

@@ -290,7 +290,11 @@ def test_training_mode_blocks(tag, jit, golden_dir):
     for golden in case["parameters"]:
         received = grads[name_of(golden)]
         expected = block_layout(golden, arrays[f"representation_grad__{golden}"])
-        if np.abs(received - expected).max() > 1e-6:
+        # Biases ahead of a BatchNorm have gradient zero but for rounding, and so may have a threshold.
+        negligible = golden in ("conv2.bias", "fc.bias") or not expected.any()
+        if negligible:
+            np.testing.assert_allclose(received, expected, atol=1e-6, err_msg=golden)
+        else:
             assert helpers.relative_error(received, expected) < 1e-4, golden
         if expected.ndim > 1:
             released = block_layout(golden, arrays[f"released_grad__{golden}"])

@@ -267,3 +267,8 @@ def test_keras_file_round_trip(kind, tmp_path):
     loaded = helpers.saved_and_loaded(model, tmp_path)
     np.testing.assert_array_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0))
     assert keras_dsr.models.with_timesteps(loaded, 0).count_params() == model.count_params()
+
+
+def test_the_number_of_time_steps_is_the_networks():
+    with pytest.raises(ValueError, match="Received a neuron with timesteps=4"):
+        models.small_cnn(neuron=layers.IFSpike(timesteps=4), timesteps=2)
