@@ -65,7 +65,8 @@ def training_run(
     axes = figure.add_subplot(grid[0, 1])
     for name, values in thresholds.items():
         axes.plot(np.arange(len(values)), values, color=color[name], label=name)
-    axes.legend(frameon=False, fontsize=9)
+    axes.margins(y=0.15)
+    axes.legend(frameon=False, fontsize=9, loc="best")
     _panel(axes, "Thresholds", "epoch", "threshold $V_{th}$")
 
     axes = figure.add_subplot(grid[0, 2])
@@ -100,7 +101,8 @@ def _raster(axes: Axes, name: str, train: np.ndarray, color: str, most: int = 64
         interpolation="nearest",
         extent=(0.5, len(flat) + 0.5, len(chosen) - 0.5, -0.5),
     )
-    title = f"{name}: spikes of {len(chosen)} of {flat.shape[1]:,}"
+    shown = f"all {len(chosen)}" if len(chosen) == flat.shape[1] else f"{len(chosen)} of {flat.shape[1]:,}"
+    title = f"Spikes of {name}\n{shown} neurons"
     _panel(axes, title, "time step", "")
     axes.grid(visible=False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
