@@ -114,19 +114,19 @@ class BatchNormalization(StreamLayer, keras.layers.BatchNormalization):
         wide = ops.cast(representation, dtype)
         gamma = ops.cast(self.gamma, dtype) if self.scale else ops.ones(self.moving_mean.shape, dtype)
         beta = ops.cast(self.beta, dtype) if self.center else ops.zeros(self.moving_mean.shape, dtype)
-        moments = ops.cast(self.moving_mean, dtype), ops.cast(self.moving_variance, dtype)
-        if training and self.trainable:
+        updates = training and self.trainable
+        if updates:
             moments = ops.moments(wide, axes=self._all_but(self._feature_axis, wide), synchronized=self.synchronized)
-
-        if values.shape[1] == 0:
-            currents = None
         else:
-            constant = not (training and self.trainable)
-            currents, *pooled = self._normalize_values(values, gamma, beta, moments if constant else None)
-            # The value is the values' own; the gradient that of the representation's moments over the batch.
-            moments = moments if constant else tuple(map(backend.carry, pooled, moments))
+            moments = ops.cast(self.moving_mean, dtype), ops.cast(self.moving_variance, dtype)
+
+        currents = None
+        if values.shape[1] != 0:
+            currents, *pooled = self._normalize_values(values, gamma, beta, None if updates else moments)
+            if updates:  # the value is the simulation's, the gradient that of the representation's moments
+                moments = tuple(map(backend.carry, pooled, moments))
         mean, variance = moments
-        if training and self.trainable:
+        if updates:
             self._update(self.moving_mean, mean)
             self._update(self.moving_variance, variance)
 

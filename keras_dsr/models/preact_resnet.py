@@ -62,7 +62,7 @@ def preact_resnet(
 
     Reference: Meng et al., CVPR 2022, Section 5 and Table 4.
     """
-    if depth not in _STAGES:
+    if depth not in list(_STAGES):
         raise ValueError(f"depth is one of {sorted(_STAGES)}. Received depth={depth!r}.")
     if stem not in ("cifar", "imagenet"):
         raise ValueError(f"stem is 'cifar' or 'imagenet'. Received stem={stem!r}.")

@@ -45,7 +45,7 @@ def vgg(
 
     Reference: Meng et al., CVPR 2022, Section 5 and Appendix.
     """
-    if depth not in _GROUPS:
+    if depth not in list(_GROUPS):
         raise ValueError(f"depth is one of {sorted(_GROUPS)}. Received depth={depth!r}.")
     if len(input_shape) != 4:
         raise ValueError(
