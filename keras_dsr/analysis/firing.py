@@ -11,7 +11,8 @@ from keras_dsr.layers import SpikingNeuron
 from keras_dsr.layers.neurons import neurons_of
 
 
-def _probe(model: keras.Model) -> keras.Model:
+def _probe(model: keras.Model) -> tuple[list[str], keras.Model]:
+    """The names of the neuron layers, and a model that puts out the spikes of each."""
     outputs = {}
     for layer in model.layers:
         if isinstance(layer, SpikingNeuron):
@@ -30,19 +31,20 @@ def _probe(model: keras.Model) -> keras.Model:
         )
     if not outputs:
         raise ValueError(f"Model {model.name!r} has no spiking layers (IFSpike, LIFSpike) to look at.")
-    return keras.Model(model.inputs, outputs)
+    return list(outputs), keras.Model(model.inputs, list(outputs.values()))  # JAX would sort a dict by name
 
 
 def _batches(model: keras.Model, x: np.ndarray, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
     if not len(x):
         raise ValueError("There is nothing to run the model on: received no samples.")
-    probe = _probe(model)
+    names, probe = _probe(model)
     size = min(batch_size, len(x))
     for start in range(0, len(x), size):
         batch = x[start : start + size]
         # A last batch that is short is filled up, so that the model compiles for one shape.
         filled = np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)])
-        yield {name: np.asarray(values)[: len(batch)] for name, values in probe.predict_on_batch(filled).items()}
+        outputs = probe.predict_on_batch(filled)
+        yield {name: np.asarray(values)[: len(batch)] for name, values in zip(names, outputs, strict=True)}
 
 
 def spike_trains(model: keras.Model, x: np.ndarray, batch_size: int = 128) -> dict[str, np.ndarray]:
