@@ -12,7 +12,7 @@ from keras_dsr.layers.neurons import neurons_of
 
 
 def _probe(model: keras.Model) -> tuple[list[str], keras.Model]:
-    """The names of the neuron layers, and a model that puts out the spikes of each."""
+    """The names of the neuron layers, in order, and a model that puts out the spikes of each, by name."""
     outputs = {}
     for layer in model.layers:
         if isinstance(layer, SpikingNeuron):
@@ -31,7 +31,7 @@ def _probe(model: keras.Model) -> tuple[list[str], keras.Model]:
         )
     if not outputs:
         raise ValueError(f"Model {model.name!r} has no spiking layers (IFSpike, LIFSpike) to look at.")
-    return list(outputs), keras.Model(model.inputs, list(outputs.values()))  # JAX would sort a dict by name
+    return list(outputs), keras.Model(model.inputs, outputs)
 
 
 def _batches(model: keras.Model, x: np.ndarray, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
@@ -44,7 +44,7 @@ def _batches(model: keras.Model, x: np.ndarray, batch_size: int) -> Iterator[dic
         # A last batch that is short is filled up, so that the model compiles for one shape.
         filled = np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)])
         outputs = probe.predict_on_batch(filled)
-        yield {name: np.asarray(values)[: len(batch)] for name, values in zip(names, outputs, strict=True)}
+        yield {name: np.asarray(outputs[name])[: len(batch)] for name in names}  # JAX sorted them by name
 
 
 def spike_trains(model: keras.Model, x: np.ndarray, batch_size: int = 128) -> dict[str, np.ndarray]:

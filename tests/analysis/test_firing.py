@@ -62,3 +62,11 @@ def test_neurons_within_sub_models_are_found_or_refused(model, x):
     assert firing.thresholds(outer) == firing.thresholds(model)
     with pytest.raises(ValueError, match="are inside of its sub-models"):
         firing.firing_rates(outer, x)
+
+
+def test_one_neuron_layer_is_enough():
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, layers.SpikeRep()(layers.IFSpike(threshold=1.0, timesteps=4, name="only")(inputs)))
+    trains = firing.spike_trains(model, np.full((5, 3), 0.5, "float32"), batch_size=2)
+    assert list(trains) == ["only"]
+    np.testing.assert_array_equal(trains["only"], np.tile([[True], [False], [True], [False]], (5, 1, 3)))
