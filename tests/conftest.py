@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import keras
@@ -26,6 +29,24 @@ def golden_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the reference implementation's golden values are not at {folder}; set KERAS_DSR_SHARED")
     return folder
+
+
+@pytest.fixture(scope="session")
+def unpacked(tmp_path_factory) -> Callable[[str], Path]:
+    """Unpacks real data by name, once a session, and gives its folder; skips the test where the data is absent."""
+    folders: dict[str, Path] = {}
+
+    def unpack(name: str) -> Path:
+        script = SHARED / "data" / "unpack.py"
+        if not script.is_file():
+            pytest.skip(f"real data is not at {script.parent}; set KERAS_DSR_SHARED")
+        if name not in folders:
+            folder = tmp_path_factory.mktemp(name)
+            subprocess.run([sys.executable, str(script), name, "--out", str(folder)], check=True, capture_output=True)
+            folders[name] = folder
+        return folders[name]
+
+    return unpack
 
 
 def pytest_collection_modifyitems(items):
