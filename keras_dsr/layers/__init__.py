@@ -2,12 +2,14 @@
 
 - neurons: `IFSpike`, `LIFSpike`
 - between them, on streams: `Synapse` (any affine Keras layer), `BatchNormalization`, `Add`, `Dropout`
+- weights of few bits: `QuantizedConv2D`, `QuantizedDense`, for a `Synapse` or on their own
 - in and out: `ToStream`, `ToTensor`, and the readout `SpikeRep`
 """
 
 from keras_dsr.layers.merging import Add, Dropout
 from keras_dsr.layers.neurons import IFSpike, LIFSpike, SpikingNeuron
 from keras_dsr.layers.normalization import BatchNormalization
+from keras_dsr.layers.quantized import QuantizedConv2D, QuantizedDense
 from keras_dsr.layers.readout import SpikeRep, ToStream, ToTensor
 from keras_dsr.layers.synapse import Synapse
 
@@ -17,6 +19,8 @@ __all__ = [
     "Dropout",
     "IFSpike",
     "LIFSpike",
+    "QuantizedConv2D",
+    "QuantizedDense",
     "SpikeRep",
     "SpikingNeuron",
     "Synapse",

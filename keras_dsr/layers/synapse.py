@@ -8,6 +8,7 @@ import keras
 from keras import layers, ops
 
 from keras_dsr.layers.base import StreamLayer
+from keras_dsr.layers.quantized import QuantizedConv2D, QuantizedDense
 from keras_dsr.stream import Stream, fold, unfold, without_steps
 
 AFFINE_LAYERS: tuple[type[keras.layers.Layer], ...] = (
@@ -42,6 +43,8 @@ AFFINE_LAYERS: tuple[type[keras.layers.Layer], ...] = (
     layers.Reshape,
     layers.Permute,
     layers.Identity,
+    QuantizedConv2D,
+    QuantizedDense,
 )
 
 _INSTEAD = {

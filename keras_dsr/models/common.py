@@ -9,6 +9,7 @@ import keras
 
 from keras_dsr import layers
 from keras_dsr.layers.neurons import SpikingNeuron, check_timesteps
+from keras_dsr.layers.quantized import check_bits
 from keras_dsr.stream import Stream
 
 # PyTorch's defaults, which the paper's networks have: Keras counts momentum the other way round.
@@ -24,9 +25,10 @@ class Builder:
     Args:
         neuron: "if", "lif", or a neuron layer, whose arguments all neurons of the network get.
         timesteps: N for networks that start from a static input; `None` if the input has a time axis.
+        weight_bits: Bits of the weights of convolutions and dense layers; `None` for floats.
     """
 
-    def __init__(self, neuron: str | SpikingNeuron, timesteps: int | None) -> None:
+    def __init__(self, neuron: str | SpikingNeuron, timesteps: int | None, weight_bits: int | None = None) -> None:
         if isinstance(neuron, str) and neuron in NEURONS:
             neuron = NEURONS[neuron]()
         if not isinstance(neuron, SpikingNeuron):
@@ -41,6 +43,7 @@ class Builder:
             )
         self.prototype = neuron
         self.timesteps = check_timesteps(timesteps)
+        self.weight_bits = None if weight_bits is None else check_bits(weight_bits)
 
     @property
     def coding(self) -> Any:
@@ -70,16 +73,21 @@ class Builder:
 
     def convolve(self, x: Any, channels: int, name: str, size: int = 3, stride: int = 1, bias: bool = True) -> Any:
         """A square convolution that pads size // 2 on every side, as the paper's networks do at any stride."""
-        if stride == 1 or size == 1:
-            layer = keras.layers.Conv2D(channels, size, strides=stride, padding="same", use_bias=bias, name=name)
-            return self.affine(x, layer)
-        # "same" would pad unevenly at stride 2.
-        x = self.affine(x, keras.layers.ZeroPadding2D(size // 2, name=f"{name}_pad"))
-        return self.affine(x, keras.layers.Conv2D(channels, size, strides=stride, use_bias=bias, name=name))
+        padding = "same"
+        if stride > 1 and size > 1:  # "same" would pad unevenly
+            x = self.affine(x, keras.layers.ZeroPadding2D(size // 2, name=f"{name}_pad"))
+            padding = "valid"
+        settings = {"strides": stride, "padding": padding, "use_bias": bias, "name": name}
+        if self.weight_bits is None:
+            return self.affine(x, keras.layers.Conv2D(channels, size, **settings))
+        return self.affine(x, layers.QuantizedConv2D(channels, size, bits=self.weight_bits, **settings))
 
     def classify(self, x: Any, classes: int) -> Any:
         """The head of all networks: dense, normalization, neurons, spike representation."""
-        x = self.affine(x, keras.layers.Dense(classes, name="head_dense"))
+        if self.weight_bits is None:
+            x = self.affine(x, keras.layers.Dense(classes, name="head_dense"))
+        else:
+            x = self.affine(x, layers.QuantizedDense(classes, bits=self.weight_bits, name="head_dense"))
         x = self.normalize(x, "head_bn")
         x = self.neuron(x, "head_neuron")
         return layers.SpikeRep(name="logits")(x)

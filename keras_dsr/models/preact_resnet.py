@@ -28,6 +28,7 @@ def preact_resnet(
     input_shape: tuple[int | None, int | None, int] = (32, 32, 3),
     dropout: float = 0.0,
     stem: str = "cifar",
+    weight_bits: int | None = None,
     name: str | None = None,
 ) -> keras.Model:
     """A spiking pre-activation ResNet for images.
@@ -46,6 +47,8 @@ def preact_resnet(
         dropout: Rate of the dropout ahead of the dense layer.
         stem: "cifar", one 3x3 convolution; or "imagenet", a 7x7 convolution of stride 2 and 3x3 average pooling of
             stride 2.
+        weight_bits: Bits of the weights of convolutions and dense layers, trained by straight-through estimation (the
+            paper's Table 7 has 8 and 4); `None` for floats.
         name: Name of the model.
 
     Returns:
@@ -68,7 +71,7 @@ def preact_resnet(
         raise ValueError(f"stem is 'cifar' or 'imagenet'. Received stem={stem!r}.")
     check_image_network(timesteps, input_shape)
     check_head(classes, dropout)
-    build = Builder(neuron, timesteps)
+    build = Builder(neuron, timesteps, weight_bits)
     blocks, channels = _STAGES[depth]
 
     inputs = keras.Input(input_shape, name="image")

@@ -17,6 +17,7 @@ def small_cnn(
     classes: int = 10,
     input_shape: tuple[int, int, int] = (8, 8, 1),
     dropout: float = 0.0,
+    weight_bits: int | None = None,
     name: str = "small_cnn",
 ) -> keras.Model:
     """A small spiking convolutional network.
@@ -31,6 +32,8 @@ def small_cnn(
         classes: Number of classes.
         input_shape: Height, width and channels of the image.
         dropout: Rate of the dropout ahead of the dense layer.
+        weight_bits: Bits of the weights of convolutions and dense layers, trained by straight-through estimation (the
+            paper's Table 7 has 8 and 4); `None` for floats.
         name: Name of the model.
 
     Returns:
@@ -43,7 +46,7 @@ def small_cnn(
         raise ValueError("widths names the channels of at least one convolution. Received an empty sequence.")
     check_image_network(timesteps, input_shape)
     check_head(classes, dropout)
-    build = Builder(neuron, timesteps)
+    build = Builder(neuron, timesteps, weight_bits)
 
     x = inputs = keras.Input(input_shape, name="image")
     for index, width in enumerate(widths, start=1):

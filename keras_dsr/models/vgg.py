@@ -1,4 +1,4 @@
-"""VGG-11: the paper's network for event cameras."""
+"""VGG for event cameras: the paper's VGG-11, and a small one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from keras_dsr.layers.neurons import SpikingNeuron
 from keras_dsr.models.common import Builder, check_head
 
 # Channels of the convolutions; average pooling by 2 follows each group.
-_GROUPS: dict[int, tuple[tuple[int, ...], ...]] = {11: ((64,), (128,), (256, 256), (512, 512), (512, 512))}
+_GROUPS: dict[int, tuple[tuple[int, ...], ...]] = {
+    5: ((32,), (64,), (128, 128)),
+    11: ((64,), (128,), (256, 256), (512, 512), (512, 512)),
+}
 
 
 def vgg(
@@ -19,22 +22,25 @@ def vgg(
     classes: int = 10,
     input_shape: tuple[int | None, int | None, int | None, int] = (20, 48, 48, 2),
     dropout: float = 0.0,
+    weight_bits: int | None = None,
     name: str | None = None,
 ) -> keras.Model:
     """A spiking VGG for frames of events.
 
-    Eight convolutions, each followed by BatchNorm and neurons, in five groups with average pooling after each; then
-    dense - BatchNorm - neurons - spike representation, which is the logits.
+    Convolutions, each followed by BatchNorm and neurons, in groups with average pooling after each; then dense -
+    BatchNorm - neurons - spike representation, which is the logits.
 
     Args:
-        depth: 11.
+        depth: 11, the paper's, of eight convolutions in five groups; or 5, a small one of four in three groups.
         neuron: "if" or "lif", with the paper's defaults; or a neuron layer, whose arguments all neurons get, such as
             `keras_dsr.layers.IFSpike(threshold=1.0)`.
         timesteps: `None` to simulate each frame of the input; 0 for the representation network, an ANN with the same
             weights that runs once on the frames' representation.
         classes: Number of classes.
-        input_shape: Time, height, width and polarities of the frames; at least 32 high and wide.
+        input_shape: Time, height, width and polarities of the frames; at least 32 high and wide for depth 11, 8 for 5.
         dropout: Rate of the dropout ahead of the dense layer.
+        weight_bits: Bits of the weights of convolutions and dense layers, trained by straight-through estimation (the
+            paper's Table 7 has 8 and 4); `None` for floats.
         name: Name of the model.
 
     Returns:
@@ -52,7 +58,7 @@ def vgg(
             f"input_shape is (time, height, width, polarities): events come in frames. Received {input_shape!r}."
         )
     check_head(classes, dropout)
-    build = Builder(neuron, None)
+    build = Builder(neuron, None, weight_bits)
 
     inputs = keras.Input(input_shape, name="frames")
     x = layers.ToStream(coding=build.coding, timesteps=timesteps, name="to_stream")(inputs)

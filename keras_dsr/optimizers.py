@@ -1,0 +1,63 @@
+"""The optimizer that the paper trains with: SGD whose weight decay is part of the gradient."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import keras
+from keras import ops
+
+
+@keras.saving.register_keras_serializable(package="keras_dsr")
+class SGD(keras.optimizers.SGD):
+    """SGD with momentum and coupled weight decay, as PyTorch has it.
+
+    g <- g + weight_decay w for every trainable weight, thresholds, biases and normalization included; then stock SGD.
+    Keras's own `weight_decay` shrinks weights past the momentum (w <- w - learning_rate weight_decay w), which with a
+    momentum of 0.9 is a tenth as strong; this one is what "weight decay 5e-4" means in the paper. Neurons should then
+    have `threshold_l2=0`, or their thresholds decay twice.
+
+    Args:
+        learning_rate: A float or a schedule.
+        momentum: In [0, 1]. The paper's is 0.9.
+        nesterov: Whether the momentum is Nesterov's.
+        coupled_weight_decay: The factor on w; 0 or more. The paper's is 5e-4.
+        **kwargs: The other arguments of `keras.optimizers.SGD`.
+
+    Raises:
+        ValueError: if `coupled_weight_decay` is below 0 or not finite.
+
+    Reference: Meng et al., CVPR 2022, Appendix; Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019,
+    for the difference.
+    """
+
+    def __init__(
+        self,
+        learning_rate: Any = 0.1,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        coupled_weight_decay: float = 5e-4,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(learning_rate=learning_rate, momentum=momentum, nesterov=nesterov, **kwargs)
+        if not (math.isfinite(coupled_weight_decay) and coupled_weight_decay >= 0):
+            raise ValueError(
+                "coupled_weight_decay must be finite and not below 0. "
+                f"Received coupled_weight_decay={coupled_weight_decay!r}."
+            )
+        self.coupled_weight_decay = float(coupled_weight_decay)
+
+    def apply(self, grads: Any, trainable_variables: Any = None) -> Any:
+        variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
+        if self.coupled_weight_decay:
+            grads = [
+                gradient
+                if gradient is None
+                else gradient + self.coupled_weight_decay * ops.cast(weight, gradient.dtype)
+                for gradient, weight in zip(grads, variables, strict=True)
+            ]
+        return super().apply(grads, trainable_variables)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "coupled_weight_decay": self.coupled_weight_decay}
