@@ -26,23 +26,9 @@ STAGES = ((2, 64), (2, 128), (2, 256), (2, 512))
 def stock_network(timesteps: int | None):
     """PreAct-ResNet-18 of stock layers: an ANN with ReLU, or our neurons on plain tensors, with per-step autodiff."""
     import keras
+    from per_step import EachStep
 
     from keras_dsr import layers
-
-    @keras.saving.register_keras_serializable("benchmark")
-    class EachStep(keras.layers.Wrapper):
-        """A layer on batch and time folded into one axis, differentiated as it is."""
-
-        def build(self, input_shape):
-            self.layer.build((None, *input_shape[2:]))
-            self.built = True
-
-        def compute_output_shape(self, input_shape):
-            return (*input_shape[:2], *self.layer.compute_output_shape((None, *input_shape[2:]))[1:])
-
-        def call(self, inputs):
-            output = self.layer(keras.ops.reshape(inputs, (-1, *inputs.shape[2:])))
-            return keras.ops.reshape(output, (-1, *inputs.shape[1:2], *output.shape[1:]))
 
     state = {"stream": False}
 

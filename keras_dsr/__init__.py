@@ -5,7 +5,7 @@
 - `keras_dsr.models`: `preact_resnet`, `vgg`, `small_cnn`, and `with_timesteps`, which changes a model's number of steps
 - `keras_dsr.RateCoding`, `keras_dsr.WeightedRateCoding`: what a train of spikes stands for
 - `keras_dsr.Stream`: what travels between layers
-- `keras_dsr.callbacks`: `CheckThresholds`
+- `keras_dsr.callbacks`: `CheckFinite`
 - the command line, `keras-dsr`: `train`, `evaluate`
 
 Reference: Meng et al., "Training High-Performance Low-Latency Spiking Neural Networks by Differentiation on Spike

@@ -1,9 +1,8 @@
-"""The command line: `keras-dsr train RECIPE` and `keras-dsr evaluate RUN`."""
+"""The command line: `keras-dsr train`, `resume`, `evaluate`, `recipes` and `compare`."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from keras_dsr import recipes, training
+from keras_dsr import recipes, runs, training
+from keras_dsr.recipes import Recipe
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -19,14 +19,38 @@ def _parser() -> argparse.ArgumentParser:
         prog="keras-dsr", description="Train spiking neural networks by Differentiation on Spike Representation."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train a recipe", description="Train a recipe into a new run folder.")
-    train.add_argument("recipe", help="name of the recipe, such as digits")
-    train.add_argument("--epochs", type=int, help="passes over the training images")
-    train.add_argument("--timesteps", type=int, help="number of time steps N")
-    train.add_argument("--seed", type=int, help="seed of everything random")
+    train = commands.add_parser("train", help="train a recipe", description="Train a recipe into a run folder.")
+    train.add_argument("recipe", help="name of the recipe, such as digits, or a recipe.json; see keras-dsr recipes")
+    train.add_argument("--epochs", help="passes over the training examples")
+    train.add_argument("--timesteps", help="number of time steps N")
+    train.add_argument("--seed", help="seed of everything random")
+    train.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change a setting of the recipe, such as threshold=4; may be given several times",
+    )
     train.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders go (default: runs)")
+    train.add_argument("--folder", type=Path, help="the run folder itself; an unfinished run in it goes on")
+    resume = commands.add_parser("resume", help="go on with a run", description="Go on with an unfinished run.")
+    resume.add_argument("run", type=Path, help="a run folder, such as runs/digits-20260101-120000")
+    for each in (train, resume):
+        each.add_argument("--download", action="store_true", help="download the data set if it is not there")
+        each.add_argument("--tensorboard", action="store_true", help="write TensorBoard's logs to the run folder")
+        each.add_argument("--verbose", type=int, default=None, help="2 for one line an epoch, 0 for none")
     evaluate = commands.add_parser("evaluate", help="evaluate a run", description="Evaluate a run's model once more.")
     evaluate.add_argument("run", type=Path, help="a run folder, such as runs/digits-20260101-120000")
+    for each in (train, resume, evaluate):
+        each.add_argument("--data-dir", type=Path, help="where the data set is (default: $KERAS_DSR_DATA)")
+    listing = commands.add_parser(
+        "recipes", help="list recipes", description="List all recipes, or print the settings of one."
+    )
+    listing.add_argument("recipe", nargs="?", help="print this one's settings")
+    compare = commands.add_parser(
+        "compare", help="compare runs", description="Show the settings in which runs differ, and what came out."
+    )
+    compare.add_argument("runs", type=Path, nargs="+", help="two or more run folders")
     return parser
 
 
@@ -41,36 +65,95 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        if options.command == "train":
-            overrides = {name: getattr(options, name) for name in ("epochs", "timesteps", "seed")}
-            overrides = {name: value for name, value in overrides.items() if value is not None}
-            recipe = dataclasses.replace(recipes.get(options.recipe), **overrides)
-            folder = training.new_run_folder(recipe, options.runs)
-            summary = training.train(recipe, folder)
-        else:
-            folder = options.run
-            summary = training.evaluate(folder)
-    except (ValueError, OSError) as error:
+        {"train": _train, "resume": _resume, "evaluate": _evaluate, "recipes": _recipes, "compare": _compare}[
+            options.command
+        ](options)
+    except (ValueError, OSError, ImportError) as error:
         print(f"keras-dsr: {error}", file=sys.stderr)
         return 1
-    _report(summary, folder, trained=options.command == "train")
     return 0
 
 
-def _report(summary: training.Summary, folder: Path, trained: bool) -> None:
+def _train(options: argparse.Namespace) -> None:
+    given = Path(options.recipe)
+    recipe = Recipe.from_json(given.read_text()) if given.suffix == ".json" else recipes.get(options.recipe)
+    changes = {}
+    for text in options.set:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes NAME=VALUE, such as threshold=4. Received {text!r}.")
+        changes[name.strip()] = value.strip()
+    for name in ("epochs", "timesteps", "seed"):
+        if getattr(options, name) is not None:
+            changes[name] = getattr(options, name)
+    recipe = recipe.with_settings(changes)
+    _run(recipe, options.folder or runs.new_folder(recipe, options.runs), options)
+
+
+def _resume(options: argparse.Namespace) -> None:
+    _run(runs.recipe_of(options.run), options.run, options)
+
+
+def _run(recipe: Recipe, folder: Path, options: argparse.Namespace) -> None:
+    try:
+        summary = training.train(
+            recipe,
+            folder,
+            data_dir=options.data_dir,
+            download=options.download,
+            tensorboard=options.tensorboard,
+            verbose="auto" if options.verbose is None else options.verbose,
+        )
+    except BaseException:
+        if (folder / "checkpoint.npz").exists():
+            print(f"keras-dsr: stopped; go on with: keras-dsr resume {folder}", file=sys.stderr)
+        raise
+    _report(summary, folder)
+    files = [name for name in ("model.keras", "history.csv", "figure.png") if (folder / name).exists()]
+    console = Console()
+    console.print(f"Written to {folder}: {', '.join(files)}. Look at it again with", soft_wrap=True)
+    console.print(f"  keras-dsr evaluate {folder}", soft_wrap=True)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    _report(training.evaluate(options.run, data_dir=options.data_dir), options.run)
+
+
+def _report(summary: runs.Summary, folder: Path) -> None:
     table = Table(title=f"{folder}", title_justify="left", show_header=False)
-    table.add_row("test accuracy", f"{summary.test_accuracy:.2%} of {summary.test_images} images")
-    table.add_row("validation accuracy", f"{summary.validation_accuracy:.2%}")
+    table.add_row("test accuracy", f"{summary.test_accuracy:.2%} of {summary.test_examples} examples")
+    table.add_row("validation accuracy", f"{summary.validation_accuracy:.2%}, epoch {summary.epoch}")
     table.add_row("time steps N", str(summary.timesteps))
     for name, rate in summary.firing_rates.items():
         table.add_row(f"{name}", f"firing rate {rate:.3f}, threshold {summary.thresholds[name]:.2f}")
-    table.add_row("training time", f"{summary.seconds:.1f} s")
-    console = Console()
-    console.print(table)
-    if trained:
-        files = [name for name in ("model.keras", "history.csv", "figure.png") if (folder / name).exists()]
-        console.print(f"Written to {folder}: {', '.join(files)}. Look at it again with", soft_wrap=True)
-        console.print(f"  keras-dsr evaluate {folder}", soft_wrap=True)
+    for stage in summary.stages:
+        each = f"{stage.seconds:.1f} s for {stage.epochs} epochs, validation accuracy {stage.validation_accuracy:.2%}"
+        if stage.calibrated_accuracy is not None:
+            each += f"; {stage.calibrated_accuracy:.2%} right after calibration"
+        table.add_row(f"{stage.name} training", each)
+    if summary.seconds_saved is not None:
+        table.add_row("saved by hybrid training", f"{summary.seconds_saved:.1f} s against as many epochs with spikes")
+    Console().print(table)
+
+
+def _recipes(options: argparse.Namespace) -> None:
+    if options.recipe is not None:
+        print(recipes.get(options.recipe).to_json(), end="")
+        return
+    table = Table("recipe", "what", "experiments", "the paper reports", title="Recipes", title_justify="left")
+    for name, recipe in recipes.RECIPES.items():
+        groups = ", ".join(group for group, names in recipes.EXPERIMENTS.items() if name in names)
+        reported = recipes.REPORTED.get(name)
+        table.add_row(name, recipe.summary, groups, "" if reported is None else str(reported))
+    Console().print(table)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    heading, rows = runs.compare(options.runs)
+    table = Table(*heading)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ class LowerBound(keras.constraints.Constraint):
     The paper bounds thresholds from below, since a neuron whose threshold reaches zero fires at each step and
     never learns again. A weight that is no longer a finite number stops the training with an error that names its
     owner, where the backend can raise one from within a compiled step: on TensorFlow, but for XLA. Elsewhere
-    `keras_dsr.callbacks.CheckThresholds` does the same.
+    `keras_dsr.callbacks.CheckFinite` does the same.
 
     Args:
         minimum: The lower bound, a float.

@@ -1,16 +1,14 @@
 """From a recipe to a trained model in a run folder, and back from the folder to its accuracy.
 
-A run folder holds `recipe.json`, `model.keras`, `history.csv`, `figure.png` and `summary.json`. Each file appears whole
-or not at all.
+A training has one stage, with spikes, or two (hybrid): the representation network first, then, from thresholds calibrated on
+its activations, the spiking one. After each epoch a checkpoint holds all that the training needs to go on. What is in the
+folder: `keras_dsr.runs`.
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import datetime
-import json
-import platform
+import math
 import re
 import time
 from pathlib import Path
@@ -19,215 +17,358 @@ from typing import Any
 import keras
 import numpy as np
 
-import keras_dsr
+from keras_dsr import checkpoints, data, models, runs
 from keras_dsr.analysis import figures, firing
-from keras_dsr.callbacks import CheckThresholds
+from keras_dsr.callbacks import CheckFinite
 from keras_dsr.constraints import not_finite
-from keras_dsr.data import images
+from keras_dsr.data.augmentation import Augmentation
+from keras_dsr.data.parts import DataSet
 from keras_dsr.files import replacing
+from keras_dsr.optimizers import SGD
 from keras_dsr.recipes import Recipe
+from keras_dsr.runs import Stage, Summary
+
+# Enough: each gives thousands of activations to most layers, and as many as there are classes to the last.
+_CALIBRATION_EXAMPLES = 2048
+# Spike trains are a hundred times the size of their input; rates need no more examples than this.
+_RATE_EXAMPLES = 2000
+# Compiling the representation network by XLA takes seconds and then saves a fifth of each step on a CPU.
+_STEPS_WORTH_COMPILING = 1000
 
 
 @dataclasses.dataclass(frozen=True)
-class Summary:
-    """What came out of a run.
+class _Plan:
+    """One stage of a training, as its recipe wants it."""
 
-    Args:
-        test_accuracy: Part of the test images that the final network gets right, looked at once.
-        test_images: Their number.
-        validation_accuracy: The same for the validation images, after the last epoch.
-        firing_rates: Spikes per neuron and time step on the test images, for each neuron layer.
-        thresholds: V_th of each neuron layer.
-        timesteps: Number N of time steps.
-        seconds: Wall time of the training, without the imports.
-        versions: Of the packages, Python and the Keras backend.
-    """
-
-    test_accuracy: float
-    test_images: int
-    validation_accuracy: float
-    firing_rates: dict[str, float]
-    thresholds: dict[str, float]
+    name: str
+    number: int
     timesteps: int
-    seconds: float
-    versions: dict[str, str]
+    epochs: int
+    optimizer: str
+    learning_rate: float
+    weight_decay: float
 
 
-class _ThresholdHistory(keras.callbacks.Callback):
-    """Keeps each layer's threshold, before training and after each epoch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.history: dict[str, list[float]] = {}
-
-    def _keep(self) -> None:
-        for name, value in firing.thresholds(self.model).items():
-            self.history.setdefault(name, []).append(value)
-
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        self._keep()
-
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        self._keep()
+def _plans(recipe: Recipe) -> list[_Plan]:
+    spiking = "spiking" if recipe.timesteps else "representation"
+    last = (recipe.epochs, recipe.optimizer, recipe.learning_rate, recipe.weight_decay)
+    if not recipe.hybrid_epochs:
+        return [_Plan(spiking, 0, recipe.timesteps, *last)]
+    first = (recipe.hybrid_epochs, recipe.hybrid_optimizer, recipe.hybrid_learning_rate, recipe.hybrid_weight_decay)
+    return [_Plan("representation", 0, 0, *first), _Plan(spiking, 1, recipe.timesteps, *last)]
 
 
-def compile_model(model: keras.Model, recipe: Recipe, steps: int) -> None:
-    """Compiles a model as its recipe says.
+def compile_model(
+    model: keras.Model,
+    recipe: Recipe,
+    steps: int,
+    *,
+    optimizer: str | None = None,
+    learning_rate: float | None = None,
+    weight_decay: float | None = None,
+    jit_compile: bool | str = "auto",
+) -> None:
+    """Compiles a model as its recipe says: optimizer, warm-up and cosine, cross-entropy of the logits.
 
     Args:
         model: The model.
         recipe: The recipe.
-        steps: Number of updates of the whole run, for the schedule of the learning rate.
+        steps: Number of updates of the whole training, for the schedule of the learning rate.
+        optimizer: "sgd" or "adam", if not the recipe's.
+        learning_rate: Largest learning rate, if not the recipe's.
+        weight_decay: If not the recipe's.
+        jit_compile: As in `keras.Model.compile`.
     """
+    learning_rate = recipe.learning_rate if learning_rate is None else learning_rate
+    weight_decay = recipe.weight_decay if weight_decay is None else weight_decay
+    warmup = min(recipe.warmup_steps, steps // 5)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0 if warmup else learning_rate,
+        max(steps - warmup, 1),
+        warmup_target=learning_rate if warmup else None,
+        warmup_steps=warmup,
+    )
+    if (recipe.optimizer if optimizer is None else optimizer) == "adam":
+        chosen = keras.optimizers.Adam(schedule)
+    else:
+        chosen = SGD(schedule, momentum=recipe.momentum, coupled_weight_decay=weight_decay)
     model.compile(
-        optimizer=keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(recipe.learning_rate, steps)),
+        optimizer=chosen,
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
+        jit_compile=jit_compile,
     )
 
 
-def new_run_folder(recipe: Recipe, parent: Path) -> Path:
-    """Makes a folder for a run, named by recipe and time, that did not exist before."""
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
-        folder = parent / f"{recipe.name}-{stamp}{suffix}"
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return folder
-    raise FileExistsError(f"There are too many runs of this second in {parent}.")
+class _Keeper(keras.callbacks.Callback):
+    """Keeps the history and a checkpoint of each epoch, and the weights of the best one."""
+
+    def __init__(self, folder: Path, plan: _Plan, state: dict[str, Any], keep_best: bool) -> None:
+        super().__init__()
+        self.folder = folder
+        self.plan = plan
+        self.state = state
+        self.keep_best = keep_best
+        self._started = 0.0
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        self._started = time.perf_counter()
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        logs = {name: float(value) for name, value in (logs or {}).items()}
+        self.state["rows"].append(
+            {
+                "stage": self.plan.name,
+                "epoch": epoch + 1,
+                **logs,
+                "learning_rate": float(np.asarray(self.model.optimizer.learning_rate)),
+                "seconds": time.perf_counter() - self._started,
+                **{f"threshold_{name}": value for name, value in firing.thresholds(self.model).items()},
+            }
+        )
+        self.state |= {"stage": self.plan.number, "epoch": epoch + 1}
+        if self.keep_best and logs["val_accuracy"] >= self.state["best"][1]:
+            self.state["best"] = [epoch + 1, logs["val_accuracy"]]
+            # Before the checkpoint that speaks of it: killed in between, the epoch is run again and gives the same.
+            checkpoints.save(self.folder / "best.npz", self.model, {"epoch": epoch + 1})
+        checkpoints.save(self.folder / "checkpoint.npz", self.model, self.state)
+        runs.write_history(self.folder / "history.csv", self.state["rows"])
 
 
-def train(recipe: Recipe, folder: Path, verbose: int | str = "auto") -> Summary:
+def train(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    data_dir: Path | None = None,
+    download: bool = False,
+    tensorboard: bool = False,
+    verbose: int | str = "auto",
+) -> Summary:
     """Trains a recipe, evaluates it once on the test part, and fills the run folder.
+
+    If the folder holds an unfinished run of this very recipe, it goes on from its last epoch, to the weights that an
+    unbroken run would have had. A finished run is left as it is.
 
     Args:
         recipe: What to train.
-        folder: An existing folder for the results.
+        folder: A folder for the results; new, empty, or of a run of this recipe.
+        data_dir: Where the data set is, see `keras_dsr.data.load`.
+        download: Whether to download the data set if it is not there.
+        tensorboard: Whether to write TensorBoard's logs to the folder's `tensorboard`.
         verbose: As in `keras.Model.fit`.
 
     Returns:
         What came out of it.
 
     Raises:
-        ValueError: if a threshold becomes NaN or infinite on the way.
+        ValueError: if a loss, weight or threshold becomes NaN or infinite on the way, or the folder is that of a run
+            with other settings.
+        FileNotFoundError: if the data set is not there.
+        FileExistsError: if the folder has files but is not that of a run.
     """
-    keras.utils.set_random_seed(recipe.seed)
-    _write(folder / "recipe.json", recipe.to_json())
-    data = images.load(recipe.data)
-    model = recipe.build(data.classes, data.input_shape)
-    batches = images.training_batches(data.train, recipe.batch_size, recipe.seed, recipe.shift)
-    compile_model(model, recipe, steps=recipe.epochs * len(batches))
-    kept = _ThresholdHistory()
-    started = time.perf_counter()
-    try:
-        history = model.fit(
-            batches,
-            validation_data=(data.validation.images, data.validation.labels),
-            epochs=recipe.epochs,
-            shuffle=False,  # the batches are, already
-            callbacks=[CheckThresholds(), kept],
-            verbose=verbose,
-        ).history
-    except Exception as error:
-        # TensorFlow's own error class, with our message somewhere within.
-        if found := re.search(not_finite("threshold of [^.]*?"), str(error)):
-            raise ValueError(found[0]) from error
-        raise
-    seconds = time.perf_counter() - started
+    runs.open_folder(recipe, folder)
+    if (folder / "summary.json").is_file():
+        return runs.summary_of(folder)
+    loaded = data.load(
+        recipe.data,
+        data_dir=data_dir,
+        timesteps=recipe.timesteps or None,
+        validation=recipe.validation,
+        download=download,
+    )
+    if not (folder / "environment.json").is_file():
+        runs.write(folder / "environment.json", runs.json_text(runs.environment()))
+    state: dict[str, Any] = {"rows": [], "stage": -1, "epoch": 0, "best": [0, -1.0], "calibrated": None}
+    if (folder / "checkpoint.npz").is_file():
+        state = checkpoints.progress(folder / "checkpoint.npz")
 
+    model = None
+    for plan in _plans(recipe):
+        if plan.number < state["stage"]:
+            continue
+        model = _run_stage(recipe, plan, folder, loaded, state, model, tensorboard, verbose)
+    return _finish(recipe, folder, loaded, state, model)
+
+
+def _run_stage(
+    recipe: Recipe,
+    plan: _Plan,
+    folder: Path,
+    loaded: DataSet,
+    state: dict[str, Any],
+    before: keras.Model | None,
+    tensorboard: bool,
+    verbose: int | str,
+) -> keras.Model:
+    """Trains one stage to its end and gives its model.
+
+    Args:
+        recipe: The recipe.
+        plan: The stage.
+        folder: The run folder.
+        loaded: The data set.
+        state: How far the run came; goes on from there, and is changed.
+        before: The model of the stage before, if this process ran it.
+        tensorboard: Whether to write TensorBoard's logs.
+        verbose: As in `keras.Model.fit`.
+    """
+    # Each stage draws its own numbers, whether or not this process ran the one before.
+    keras.utils.set_random_seed(recipe.seed + 7919 * plan.number)
+    model = recipe.build(loaded.classes, loaded.input_shape, timesteps=plan.timesteps)
+    steps = loaded.steps(recipe.batch_size)
+    worth = plan.timesteps == 0 and steps * plan.epochs >= _STEPS_WORTH_COMPILING
+    compile_model(
+        model,
+        recipe,
+        steps * plan.epochs,
+        optimizer=plan.optimizer,
+        learning_rate=plan.learning_rate,
+        weight_decay=plan.weight_decay,
+        jit_compile=True if worth else "auto",
+    )
+    done = 0
+    if state["stage"] == plan.number:
+        checkpoints.restore(folder / "checkpoint.npz", model)
+        done = state["epoch"]
+    elif before is not None:
+        calibration = loaded.training_batches(min(recipe.batch_size, 128), seed=recipe.seed)
+        examples = calibration.take(math.ceil(_CALIBRATION_EXAMPLES / min(recipe.batch_size, 128)))
+        models.calibrate_thresholds(before, examples.as_numpy_iterator(), recipe.hybrid_percentile)
+        model.set_weights(before.get_weights())
+        state["calibrated"] = _accuracy(model, loaded, loaded.validation)
+        state["best"] = [0, -1.0]
+    if not state["rows"]:
+        state["initial_thresholds"] = firing.thresholds(model)
+
+    callbacks: list[keras.callbacks.Callback] = [CheckFinite()]
+    last = plan is not None and plan.number == len(_plans(recipe)) - 1
+    callbacks.append(_Keeper(folder, plan, state, keep_best=last and recipe.selection == "best"))
+    if tensorboard:
+        callbacks.append(_tensorboard(folder / "tensorboard" / plan.name))
+    if done < plan.epochs:
+        batches = loaded.training_batches(
+            recipe.batch_size,
+            seed=recipe.seed + 7919 * plan.number,
+            augmentation=Augmentation(recipe.augmentation, padding=recipe.padding),
+            epochs=plan.epochs,
+            first_epoch=done,
+        )
+        try:
+            model.fit(
+                batches,
+                validation_data=loaded.batches(loaded.validation, 128),
+                steps_per_epoch=steps,
+                epochs=plan.epochs,
+                initial_epoch=done,
+                shuffle=False,  # the batches are, already
+                callbacks=callbacks,
+                verbose=verbose,
+            )
+        except Exception as error:
+            # TensorFlow's own error class, with our message somewhere within.
+            if found := re.search(not_finite("threshold of [^.]*?"), str(error)):
+                raise ValueError(found[0]) from error
+            raise
+    if last and (folder / "best.npz").is_file():
+        checkpoints.restore(folder / "best.npz", model)
+    return model
+
+
+def _tensorboard(folder: Path) -> keras.callbacks.Callback:
+    try:
+        import tensorboard  # noqa: F401 - the callback fails late and unclearly without it
+    except ImportError as error:
+        raise ImportError(
+            "TensorBoard's logs need the package tensorboard. Install it with: pip install 'keras-dsr[tensorboard]', "
+            "or train without --tensorboard."
+        ) from error
+    return keras.callbacks.TensorBoard(folder, write_graph=False)
+
+
+def _accuracy(model: keras.Model, loaded: DataSet, part: Any) -> float:
+    return float(model.evaluate(loaded.batches(part, 128), verbose=0, return_dict=True)["accuracy"])
+
+
+def _finish(recipe: Recipe, folder: Path, loaded: DataSet, state: dict[str, Any], model: keras.Model) -> Summary:
     with replacing(folder / "model.keras") as beside:
         model.save(beside)
-    _write_history(folder / "history.csv", history, kept.history)
-    summary = dataclasses.replace(
-        _evaluate(model, recipe, data), validation_accuracy=history["val_accuracy"][-1], seconds=seconds
+    rows = state["rows"]
+    stages = []
+    for plan in _plans(recipe):
+        mine = [row for row in rows if row["stage"] == plan.name]
+        calibrated = state["calibrated"] if plan.number else None
+        accuracies = [row["val_accuracy"] for row in mine] or [calibrated]
+        chosen = state["best"][1] if plan.number == len(_plans(recipe)) - 1 and state["best"][0] else accuracies[-1]
+        seconds = sum(row["seconds"] for row in mine)
+        stages.append(Stage(plan.name, plan.timesteps, len(mine), seconds, chosen, calibrated))
+    saved = None
+    if len(stages) == 2 and stages[1].epochs:
+        saved = stages[0].epochs * stages[1].seconds / stages[1].epochs - stages[0].seconds
+    summary = Summary(
+        test_accuracy=_accuracy(model, loaded, loaded.test),
+        test_examples=len(loaded.test),
+        validation_accuracy=stages[-1].validation_accuracy,
+        epoch=state["best"][0] or stages[-1].epochs,
+        firing_rates=_rates(model, recipe, loaded),
+        thresholds=firing.thresholds(model),
+        timesteps=recipe.timesteps,
+        seconds=sum(stage.seconds for stage in stages),
+        seconds_saved=saved,
+        stages=tuple(stages),
     )
-    if recipe.timesteps:
-        _draw(folder / "figure.png", model, recipe, data, history, kept.history, summary)
-    _write(folder / "summary.json", json.dumps(dataclasses.asdict(summary), indent=2) + "\n")
+    if recipe.timesteps and rows:
+        _draw(folder / "figure.png", model, recipe, loaded, state, summary)
+    runs.write(folder / "summary.json", summary.to_json())
     return summary
 
 
-def evaluate(folder: Path) -> Summary:
-    """Loads a run's model and evaluates it on the test part again.
+def _rates(model: keras.Model, recipe: Recipe, loaded: DataSet) -> dict[str, float]:
+    if not recipe.timesteps:
+        return {}
+    batches = loaded.batches(loaded.test, 64).take(math.ceil(_RATE_EXAMPLES / 64))
+    return firing.firing_rates(model, batches.as_numpy_iterator())
+
+
+def evaluate(folder: Path, *, data_dir: Path | None = None) -> Summary:
+    """Loads a finished run's model and evaluates it on the test part again.
 
     Args:
         folder: A run folder that `train` filled.
+        data_dir: Where the data set is, see `keras_dsr.data.load`.
 
     Returns:
         The summary, with this evaluation's accuracy and firing rates.
 
     Raises:
-        FileNotFoundError: if the folder lacks a file of a finished run.
+        FileNotFoundError: if the folder lacks a file of a finished run, or the data set is not there.
     """
-    for name in ("recipe.json", "model.keras", "summary.json"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder} is not the folder of a finished run: it has no {name}. "
-                "Train one with keras-dsr train RECIPE."
-            )
-    recipe = Recipe.from_json((folder / "recipe.json").read_text())
+    before = runs.summary_of(folder)
+    recipe = runs.recipe_of(folder)
     model = keras.models.load_model(folder / "model.keras")
-    before = json.loads((folder / "summary.json").read_text())
+    loaded = data.load(recipe.data, data_dir=data_dir, timesteps=recipe.timesteps or None, validation=recipe.validation)
     return dataclasses.replace(
-        _evaluate(model, recipe, images.load(recipe.data)),
-        validation_accuracy=before["validation_accuracy"],
-        seconds=before["seconds"],
-    )
-
-
-def _evaluate(model: keras.Model, recipe: Recipe, data: images.ImageData) -> Summary:
-    logits = model.predict(data.test.images, batch_size=128, verbose=0)
-    return Summary(
-        test_accuracy=float(np.mean(np.argmax(logits, axis=-1) == data.test.labels)),
-        test_images=len(data.test),
-        validation_accuracy=float("nan"),
-        firing_rates=firing.firing_rates(model, data.test.images) if recipe.timesteps else {},
+        before,
+        test_accuracy=_accuracy(model, loaded, loaded.test),
+        firing_rates=_rates(model, recipe, loaded),
         thresholds=firing.thresholds(model),
-        timesteps=recipe.timesteps,
-        seconds=float("nan"),
-        versions={
-            "keras_dsr": keras_dsr.__version__,
-            "keras": keras.__version__,
-            "backend": keras.backend.backend(),
-            "python": platform.python_version(),
-        },
     )
 
 
 def _draw(
-    path: Path,
-    model: keras.Model,
-    recipe: Recipe,
-    data: images.ImageData,
-    history: dict[str, list[float]],
-    kept: dict[str, list[float]],
-    summary: Summary,
+    path: Path, model: keras.Model, recipe: Recipe, loaded: DataSet, state: dict[str, Any], summary: Summary
 ) -> None:
-    image, label = data.test.images[0], int(data.test.labels[0])
+    rows = state["rows"]
+    x, labels = next(loaded.batches(loaded.test, 1).as_numpy_iterator())
+    names = list(summary.thresholds)
+    start = state["initial_thresholds"]
     figures.training_run(
         path,
         title=f"{recipe.name}: test accuracy {summary.test_accuracy:.1%} with N = {recipe.timesteps} time steps",
-        history=history,
+        history={name: [row[name] for row in rows] for name in ("accuracy", "val_accuracy")},
+        stages=[(stage.name, stage.epochs) for stage in summary.stages if stage.epochs],
         rates=summary.firing_rates,
-        thresholds=kept,
-        image=image,
-        caption=f"A test image of class {label}",
-        trains={name: train[0] for name, train in firing.spike_trains(model, image[np.newaxis]).items()},
+        thresholds={name: [start[name], *(row[f"threshold_{name}"] for row in rows)] for name in names},
+        image=np.asarray(x[0] * loaded.std + loaded.mean),
+        caption=f"A test example: {loaded.class_names[int(labels[0])]}",
+        trains={name: train[0] for name, train in firing.spike_trains(model, x).items()},
     )
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as beside:
-        beside.write_text(text)
-
-
-def _write_history(path: Path, history: dict[str, list[float]], thresholds: dict[str, list[float]]) -> None:
-    columns: dict[str, list[float]] = {**history}
-    columns |= {f"threshold_{name}": values[1:] for name, values in thresholds.items()}
-    with replacing(path) as beside, beside.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["epoch", *columns])
-        for epoch, row in enumerate(zip(*columns.values(), strict=True), start=1):
-            writer.writerow([epoch, *row])

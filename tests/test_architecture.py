@@ -22,10 +22,13 @@ LEVELS = {
     "callbacks": 4,
     "models": 4,
     "analysis": 4,
+    "checkpoints": 4,
     "recipes": 5,
-    "training": 6,
-    "tuning": 7,
-    "cli": 8,
+    "runs": 6,
+    "training": 7,
+    "experiments": 8,
+    "tuning": 8,
+    "cli": 9,
 }
 # What does not stand in that line, and all that it may import.
 ALLOWED = {
@@ -34,11 +37,12 @@ ALLOWED = {
     "constraints": {"backend"},
     "stream": {"backend", "coding"},
     "data": {"files"},
+    "optimizers": set(),
     "files": set(),
     "analysis": {"coding", "stream", "layers", "files"},
     "export": {"backend", "coding", "stream", "layers", "constraints", "callbacks"},
 }
-OPTIONAL = {"tonic", "tensorflow_datasets", "keras_tuner", "tf2onnx", "onnx", "onnxruntime"}
+OPTIONAL = {"tonic", "tensorflow_datasets", "keras_tuner", "tf2onnx", "onnx", "onnxruntime", "tensorboard"}
 # tf.data and SavedModel are TensorFlow's own; nothing that a layer or a model needs may ask for it.
 BACKENDS = {"jax": ("backend/jax.py",), "tensorflow": ("backend/tensorflow.py", "data/", "export/")}
 

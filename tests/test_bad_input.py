@@ -163,7 +163,7 @@ def test_constraint_names_the_layer_of_a_nan_threshold():
 )
 def test_callback_names_the_layer_of_a_nan_threshold(jit_compile):
     with pytest.raises(ValueError, match=r"threshold of IFSpike 'poisoned' is no longer a finite.*learning rate"):
-        poisoned_model(jit_compile, [keras_dsr.callbacks.CheckThresholds()])
+        poisoned_model(jit_compile, [keras_dsr.callbacks.CheckFinite()])
 
 
 @pytest.mark.filterwarnings("error")
@@ -177,7 +177,7 @@ def test_callback_is_quiet_about_finite_thresholds():
         np.full((4, 4), 0.5, "float32"),
         np.zeros((4, 4), "float32"),
         verbose=0,
-        callbacks=[keras_dsr.callbacks.CheckThresholds()],
+        callbacks=[keras_dsr.callbacks.CheckFinite()],
     )
     assert math.isfinite(history.history["loss"][0])
 
@@ -187,7 +187,7 @@ def test_callback_looks_into_sub_models():
     inner = keras.Model(inputs, layers.SpikeRep()(IFSpike(1.0, timesteps=2, name="inner")(inputs)))
     outer = keras.Sequential([keras.Input((4,)), inner])
     inner.get_layer("inner").threshold.assign(np.nan)
-    callback = keras_dsr.callbacks.CheckThresholds()
+    callback = keras_dsr.callbacks.CheckFinite()
     callback.set_model(outer)
     with pytest.raises(ValueError, match="threshold of IFSpike 'inner'"):
         callback.on_epoch_end(0)

@@ -30,6 +30,7 @@ def training_run(
     path: Path,
     title: str,
     history: Mapping[str, Sequence[float]],
+    stages: Sequence[tuple[str, int]],
     rates: Mapping[str, float],
     thresholds: Mapping[str, Sequence[float]],
     image: np.ndarray,
@@ -42,9 +43,11 @@ def training_run(
         path: The PNG file to write; it appears whole or not at all.
         title: Heading of the picture.
         history: For "accuracy" and "val_accuracy", a value for each epoch.
+        stages: Name and number of epochs of each stage of the training, in order.
         rates: Firing rate of each neuron layer.
         thresholds: For each neuron layer its threshold before training and after each epoch.
-        image: One image, of shape (height, width, channels).
+        image: One input: an image (height, width, channels), or event frames (time, height, width, polarities), which
+            are shown as the sum of events, on above off.
         caption: What the image is.
         trains: For each neuron layer, the spikes of that image, booleans of shape (time, ...).
     """
@@ -52,7 +55,8 @@ def training_run(
     figure.suptitle(title, x=0.012, ha="left", fontsize=14, fontweight="bold", color=_INK)
     grid = figure.add_gridspec(2, 3, height_ratios=(1, 1.25))
     names = list(trains)
-    color = {name: _COLORS[index % len(_COLORS)] for index, name in enumerate(names)}
+    shown = names if len(names) <= _MOST else [names[place] for place in _spread(len(names), _MOST)]
+    color = {name: _COLORS[index % len(_COLORS)] for index, name in enumerate(shown)}
 
     axes = figure.add_subplot(grid[0, 0])
     epochs = np.arange(1, len(history["accuracy"]) + 1)
@@ -60,32 +64,74 @@ def training_run(
     axes.plot(epochs, history["val_accuracy"], color=_COLORS[0], label="validation")
     axes.legend(frameon=False, loc="lower right")
     axes.set_ylim(max(0.0, min(history["val_accuracy"]) - 0.12), 1.01)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _panel(axes, "Accuracy", "epoch", "accuracy")
 
-    axes = figure.add_subplot(grid[0, 1])
-    for name, values in thresholds.items():
-        axes.plot(np.arange(len(values)), values, color=color[name], label=name)
-    axes.margins(y=0.15)
-    axes.legend(frameon=False, fontsize=9, loc="best")
-    _panel(axes, "Thresholds", "epoch", "threshold $V_{th}$")
+    thresholds_axes = figure.add_subplot(grid[0, 1])
+    for name in names:
+        values = thresholds[name]
+        style = {"color": color[name], "label": name, "zorder": 3} if name in color else {"color": _FAINT}
+        thresholds_axes.plot(np.arange(len(values)), values, **style)
+    thresholds_axes.margins(y=0.15)
+    thresholds_axes.legend(frameon=False, fontsize=9, loc="best")
+    thresholds_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _panel(thresholds_axes, "Thresholds", "epoch", "threshold $V_{th}$")
+
+    if len(stages) > 1:
+        for each in (axes, thresholds_axes):
+            each.axvline(stages[0][1] + 0.5, color=_INK, linewidth=0.8, linestyle=":")
+            each.annotate(
+                f"{stages[1][0]} from here",
+                (stages[0][1] + 0.5, 0.98),
+                xycoords=("data", "axes fraction"),
+                xytext=(-4, 0),
+                textcoords="offset points",
+                rotation=90,
+                ha="right",
+                va="top",
+                fontsize=8,
+                color=_INK,
+            )
 
     axes = figure.add_subplot(grid[0, 2])
-    bars = axes.barh(names, [rates[name] for name in names], color=[color[name] for name in names])
-    axes.bar_label(bars, fmt="%.3f", padding=3, fontsize=9)
+    bars = axes.barh(names, [rates[name] for name in names], color=[color.get(name, _COLORS[-1]) for name in names])
+    small = {"fontsize": 9 if len(names) <= 12 else 6}
+    axes.bar_label(bars, fmt="%.3f", padding=3, **small)
+    axes.tick_params(axis="y", labelsize=small["fontsize"])
     axes.invert_yaxis()
     axes.set_xlim(0, max(rates.values()) * 1.25 or 1.0)
-    _panel(axes, "Firing rates on test images", "spikes per neuron and time step", "")
+    _panel(axes, "Firing rates on test examples", "spikes per neuron and time step", "")
     axes.grid(axis="y", visible=False)
 
-    below = grid[1, :].subgridspec(1, len(names) + 1)
+    below = grid[1, :].subgridspec(1, len(shown) + 1)
     axes = figure.add_subplot(below[0])
-    axes.imshow(image[..., 0], cmap="gray")
-    axes.set_title(caption, loc="left", fontsize=11, fontweight="bold", color=_INK)
+    axes.imshow(_picture(image), cmap="gray")
+    axes.set_title(caption, loc="left", fontsize=11, fontweight="bold", color=_INK, wrap=True)
     axes.set_axis_off()
-    for index, name in enumerate(names, start=1):
+    for index, name in enumerate(shown, start=1):
         _raster(figure.add_subplot(below[index]), name, trains[name], color[name])
     with replacing(path) as beside:
         figure.savefig(beside, dpi=120)
+
+
+# More layers than this are not told apart by color, nor have room for their spikes side by side.
+_MOST = 5
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """`most` of the numbers 0..count-1, evenly, both ends among them."""
+    return [int(place) for place in np.linspace(0, count - 1, most).round()]
+
+
+def _picture(image: np.ndarray) -> np.ndarray:
+    """An input as a picture: gray or in color, scaled to 0..1; of event frames ON in red and OFF in blue."""
+    if image.ndim == 4:
+        counts = image.sum(axis=0)
+        off, on = (counts[..., channel] / max(counts.max(), 1e-9) for channel in (0, -1))
+        return np.clip(1 - np.stack([off, np.maximum(on, off), on], axis=-1), 0, 1)
+    if image.shape[-1] == 3:
+        return np.clip((image - image.min()) / max(np.ptp(image), 1e-9), 0, 1)
+    return image[..., 0]
 
 
 def _raster(axes: Axes, name: str, train: np.ndarray, color: str, most: int = 64) -> None:

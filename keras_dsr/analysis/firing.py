@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import keras
 import numpy as np
+from keras import ops
 
 from keras_dsr.layers import SpikingNeuron
 from keras_dsr.layers.neurons import neurons_of
 
 
-def _probe(model: keras.Model) -> tuple[list[str], keras.Model]:
-    """The names of the neuron layers, in order, and a model that puts out the spikes of each, by name."""
+def _spikes(model: keras.Model) -> dict[str, Any]:
+    """For each neuron layer, by name and in order, the symbolic spikes that it puts out."""
     outputs = {}
     for layer in model.layers:
         if isinstance(layer, SpikingNeuron):
@@ -31,29 +33,40 @@ def _probe(model: keras.Model) -> tuple[list[str], keras.Model]:
         )
     if not outputs:
         raise ValueError(f"Model {model.name!r} has no spiking layers (IFSpike, LIFSpike) to look at.")
-    return list(outputs), keras.Model(model.inputs, outputs)
+    return outputs
 
 
-def _batches(model: keras.Model, x: np.ndarray, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    if not len(x):
-        raise ValueError("There is nothing to run the model on: received no samples.")
-    names, probe = _probe(model)
-    size = min(batch_size, len(x))
-    for start in range(0, len(x), size):
-        batch = x[start : start + size]
+def _batches(x: np.ndarray | Iterable[Any], batch_size: int) -> Iterator[np.ndarray]:
+    """Batches of an array, or of what already comes in batches."""
+    if hasattr(x, "shape"):
+        yield from (x[start : start + batch_size] for start in range(0, len(x), batch_size))
+    else:
+        yield from (np.asarray(each[0] if isinstance(each, (list, tuple)) else each) for each in x)
+
+
+def _run(
+    model: keras.Model, outputs: dict[str, Any], x: np.ndarray | Iterable[Any], batch_size: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """What the model puts out under each name, batch by batch."""
+    probe = keras.Model(model.inputs, outputs)
+    size = None
+    for batch in _batches(x, batch_size):
+        size = size or len(batch)
         # A last batch that is short is filled up, so that the model compiles for one shape.
-        filled = np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)])
-        outputs = probe.predict_on_batch(filled)
-        yield {name: np.asarray(outputs[name])[: len(batch)] for name in names}  # JAX sorted them by name
+        filled = np.concatenate([batch, np.repeat(batch[-1:], max(size - len(batch), 0), axis=0)])
+        results = probe.predict_on_batch(filled)
+        yield {name: np.asarray(results[name])[: len(batch)] for name in outputs}  # JAX sorted them by name
+    if size is None:
+        raise ValueError("There is nothing to run the model on: received no samples.")
 
 
-def spike_trains(model: keras.Model, x: np.ndarray, batch_size: int = 128) -> dict[str, np.ndarray]:
+def spike_trains(model: keras.Model, x: np.ndarray | Iterable[Any], batch_size: int = 128) -> dict[str, np.ndarray]:
     """The spikes of each neuron layer, in inference.
 
     Args:
         model: A functional or Sequential model with spiking layers.
-        x: Its input, of shape (batch, ...).
-        batch_size: Samples that run at once.
+        x: Its input, of shape (batch, ...); or batches of it, or of (input, labels).
+        batch_size: Samples that run at once, of an array.
 
     Returns:
         For each neuron layer, by name and in order, booleans of shape (batch, time, ...).
@@ -61,19 +74,20 @@ def spike_trains(model: keras.Model, x: np.ndarray, batch_size: int = 128) -> di
     Raises:
         ValueError: if the model has no spiking layers or no time steps, or `x` is empty.
     """
-    batches = [{name: values != 0 for name, values in batch.items()} for batch in _batches(model, x, batch_size)]
-    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    spikes = {name: values != 0 for name, values in _spikes(model).items()}
+    batches = list(_run(model, spikes, x, batch_size))
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in spikes}
 
 
-def firing_rates(model: keras.Model, x: np.ndarray, batch_size: int = 128) -> dict[str, float]:
+def firing_rates(model: keras.Model, x: np.ndarray | Iterable[Any], batch_size: int = 128) -> dict[str, float]:
     """The firing rate of each neuron layer, in inference: spikes a neuron fires in a time step, from 0 to 1.
 
-    Memory holds one batch of spikes at a time.
+    Spikes are counted where the model runs; memory holds one batch of them at a time.
 
     Args:
         model: A functional or Sequential model with spiking layers.
-        x: Its input, of shape (batch, ...).
-        batch_size: Samples that run at once.
+        x: Its input, of shape (batch, ...); or batches of it, or of (input, labels).
+        batch_size: Samples that run at once, of an array.
 
     Returns:
         For each neuron layer, by name and in order, its mean over samples, time steps and neurons.
@@ -81,13 +95,17 @@ def firing_rates(model: keras.Model, x: np.ndarray, batch_size: int = 128) -> di
     Raises:
         ValueError: if the model has no spiking layers or no time steps, or `x` is empty.
     """
-    spikes: dict[str, int] = {}
-    chances: dict[str, int] = {}
-    for batch in _batches(model, x, batch_size):
-        for name, values in batch.items():
-            spikes[name] = spikes.get(name, 0) + int(np.count_nonzero(values))
-            chances[name] = chances.get(name, 0) + values.size
-    return {name: spikes[name] / chances[name] for name in spikes}
+    outputs = {}
+    for name, values in _spikes(model).items():
+        axes = tuple(range(1, len(values.shape)))
+        fired = values != 0
+        outputs[f"{name}/spikes"] = ops.sum(ops.cast(fired, "int32"), axis=axes)
+        outputs[f"{name}/chances"] = ops.sum(ops.cast(ops.ones_like(fired), "int32"), axis=axes)
+    totals = dict.fromkeys(outputs, 0)
+    for batch in _run(model, outputs, x, batch_size):
+        for name, counts in batch.items():
+            totals[name] += int(counts.sum(dtype="int64"))
+    return {name: totals[f"{name}/spikes"] / totals[f"{name}/chances"] for name in _spikes(model)}
 
 
 def thresholds(model: keras.Model) -> dict[str, float]:

@@ -1,0 +1,80 @@
+"""One file with all that a training needs to go on: weights, optimizer, seeds, and how far it came.
+
+`save` and `restore` are exact: a run that was killed and goes on from its last epoch ends with the weights of a run that
+was not. The file appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_dsr.files import replacing
+
+
+def _variables(model: keras.Model) -> dict[str, Any]:
+    """All variables of a compiled model by a name each: weights, seeds of dropout, the optimizer's; not metrics'."""
+    metrics = {id(variable) for variable in model.metrics_variables}
+    found = [variable for variable in model.variables if id(variable) not in metrics]
+    model.optimizer.build(model.trainable_variables)
+    named = {f"model/{number}/{variable.path}": variable for number, variable in enumerate(found)}
+    return named | {f"optimizer/{number}": variable for number, variable in enumerate(model.optimizer.variables)}
+
+
+def save(path: Path, model: keras.Model, progress: dict[str, Any]) -> None:
+    """Writes a checkpoint.
+
+    Args:
+        path: The file; it is replaced as a whole.
+        model: A built and compiled model.
+        progress: What else to keep, as JSON can hold it.
+    """
+    arrays = {name: np.asarray(variable.value) for name, variable in _variables(model).items()}
+    with replacing(path) as beside, beside.open("wb") as file:
+        np.savez(file, progress=np.asarray(json.dumps(progress)), **arrays)
+
+
+def progress(path: Path) -> dict[str, Any]:
+    """What `save` was given as progress.
+
+    Raises:
+        ValueError: if the file is no checkpoint.
+    """
+    with _opened(path) as arrays:
+        return json.loads(str(arrays["progress"]))
+
+
+def restore(path: Path, model: keras.Model) -> None:
+    """Gives a model and its optimizer the values of a checkpoint.
+
+    Args:
+        path: A file that `save` wrote.
+        model: A built and compiled model of the same kind.
+
+    Raises:
+        ValueError: if the file is no checkpoint, or one of another model or optimizer.
+    """
+    variables = _variables(model)
+    with _opened(path) as arrays:
+        expected = {name: tuple(variable.shape) for name, variable in variables.items()}
+        found = {name: arrays[name].shape for name in arrays.files if name != "progress"}
+        if found != expected:
+            differing = sorted(set(found.items()) ^ set(expected.items()))[:4]
+            raise ValueError(
+                f"{path} is the checkpoint of another model or optimizer. Received {len(found)} arrays where the model "
+                f"has {len(expected)} variables; among what differs: {differing}."
+            )
+        for name, variable in variables.items():
+            variable.assign(arrays[name])
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (zipfile.BadZipFile, ValueError, EOFError) as error:
+        raise ValueError(f"{path} is not a checkpoint, or is damaged: {error}.") from error
