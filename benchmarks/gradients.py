@@ -2,9 +2,9 @@
 
     python benchmarks/gradients.py --data-dir DIR         # DIR: tensorflow-datasets' folder, with CIFAR-10 prepared
 
-One small convolutional IF network, trained on 10,000 images of CIFAR-10 (crop and flip) in both ways, from the same initial
-weights, on the same batches, with the same learning rates, for several seeds in fresh processes. Accuracy is that on the
-5,000 validation images after the last epoch: no epoch is chosen, and the test images are not touched.
+One small convolutional IF network, trained on 10,000 images of CIFAR-10 (crop and flip) in both ways, from the same
+initial weights, on the same batches, with the same learning rates, for several seeds in fresh processes. Accuracy is
+that on the 5,000 validation images after the last epoch: no epoch is chosen, and the test images are not touched.
 """
 
 from __future__ import annotations
@@ -48,9 +48,7 @@ def measure(task: dict) -> dict:
         model = other
     steps = cifar.steps(BATCH)
     schedule = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, steps * task["epochs"])
-    model.compile(
-        SGD(schedule), keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"]
-    )
+    model.compile(SGD(schedule), keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
     batches = cifar.training_batches(
         BATCH, seed=task["seed"], augmentation=Augmentation(("crop", "flip")), epochs=task["epochs"]
     )
@@ -79,8 +77,8 @@ def compare(options) -> None:
     host = machine()
     lines = [
         f"A small convolutional IF network ({', '.join(map(str, WIDTHS))} channels), N = {options.timesteps}, V_th = "
-        f"{options.threshold:g}, {EXAMPLES:,} CIFAR-10 images, {options.epochs} epochs, {options.seeds} seeds; validation "
-        f"accuracy after the last; TensorFlow, {host['cores']} cores of {host['processor']}, {host['date']}.",
+        f"{options.threshold:g}, {EXAMPLES:,} CIFAR-10 images, {options.epochs} epochs, {options.seeds} seeds; "
+        f"validation accuracy after the last; TensorFlow, {host['cores']} cores of {host['processor']}, {host['date']}.",
         "",
         "| gradient | accuracy, each seed | mean | standard deviation | CPU s, median |",
         "| --- | --- | --- | --- | --- |",

@@ -3,8 +3,8 @@
     python benchmarks/kill_and_resume.py --kills 10          # hybrid training on the digits, with dropout
     python benchmarks/kill_and_resume.py --jax
 
-The process gets SIGKILL, so nothing of it has a chance to tidy up. Afterwards every weight of the two models, the history
-(but for the seconds) and the test accuracy must be equal, bit for bit.
+The process gets SIGKILL, so nothing of it has a chance to tidy up. Afterwards every weight of the two models, the
+history (but for the seconds) and the test accuracy must be equal, bit for bit.
 """
 
 from __future__ import annotations
@@ -33,7 +33,18 @@ SETTINGS = (
 
 def command(folder: Path) -> list[str]:
     settings = [word for setting in SETTINGS for word in ("--set", setting)]
-    return [sys.executable, "-m", "keras_dsr.cli", "train", "digits", *settings, "--folder", str(folder), "--verbose", "0"]
+    return [
+        sys.executable,
+        "-m",
+        "keras_dsr.cli",
+        "train",
+        "digits",
+        *settings,
+        "--folder",
+        str(folder),
+        "--verbose",
+        "0",
+    ]
 
 
 def run(folder: Path, backend: str, kill_after: float | None = None) -> tuple[bool, float]:

@@ -1,7 +1,7 @@
 """One file with all that a training needs to go on: weights, optimizer, seeds, and how far it came.
 
-`save` and `restore` are exact: a run that was killed and goes on from its last epoch ends with the weights of a run that
-was not. The file appears whole or not at all.
+`save` and `restore` are exact: a run that was killed and goes on from its last epoch ends with the weights of a run
+that was not. The file appears whole or not at all.
 """
 
 from __future__ import annotations

@@ -77,12 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(options: argparse.Namespace) -> None:
     given = Path(options.recipe)
     recipe = Recipe.from_json(given.read_text()) if given.suffix == ".json" else recipes.get(options.recipe)
-    changes = {}
-    for text in options.set:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"--set takes NAME=VALUE, such as threshold=4. Received {text!r}.")
-        changes[name.strip()] = value.strip()
+    changes = recipes.parse_settings(options.set)
     for name in ("epochs", "timesteps", "seed"):
         if getattr(options, name) is not None:
             changes[name] = getattr(options, name)

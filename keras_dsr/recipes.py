@@ -60,7 +60,9 @@ class Recipe:
         warmup_steps: Updates over which the learning rate rises from 0; at most a fifth of all.
         augmentation: Random changes to training inputs, see `keras_dsr.data.augmentation.Augmentation`.
         padding: Pixels that the augmentation "crop" pads.
-        validation: How many training examples are set aside for validation; `None` for the data set's default.
+        validation: How many training images are set aside for validation, or which part of the recordings; `None` for
+            the data set's default.
+        train_examples: How many training examples are used, with equal parts of each class; `None` for all.
         selection: Which weights are the result: of the epoch that is "best" on the validation part, or of the "last".
         hybrid_epochs: Passes over the training part as representation network, before thresholds are calibrated on its
             activations and training goes on with spikes; 0 for none.
@@ -101,7 +103,8 @@ class Recipe:
     warmup_steps: int = 400
     augmentation: tuple[str, ...] = ("crop", "flip")
     padding: int = 4
-    validation: int | None = None
+    validation: float | None = None
+    train_examples: int | None = None
     selection: str = "best"
     hybrid_epochs: int = 0
     hybrid_optimizer: str = "sgd"
@@ -264,6 +267,21 @@ def _parse(name: str, text: str, kind: Any) -> Any:
     except ValueError:
         expected = {int: "a whole number", float: "a number"}[kind]
         raise ValueError(f"{name} is {expected}. Received {name}={text!r}.") from None
+
+
+def parse_settings(texts: Iterable[str]) -> dict[str, str]:
+    """Settings from words of the form NAME=VALUE, for `Recipe.with_settings`.
+
+    Raises:
+        ValueError: if a word has no equals sign.
+    """
+    settings = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes NAME=VALUE, such as threshold=4. Received {text!r}.")
+        settings[name.strip()] = value.strip()
+    return settings
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

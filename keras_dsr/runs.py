@@ -1,8 +1,8 @@
 """Run folders: what a training leaves behind, file by file.
 
-A run folder holds `recipe.json`, `environment.json`, `checkpoint.npz` and `history.csv` from its first epoch on, `best.npz`
-where the best epoch is the result, and `model.keras`, `summary.json` and `figure.png` once it is finished. Each file appears
-whole or not at all.
+A run folder holds `recipe.json`, `environment.json`, `checkpoint.npz` and `history.csv` from its first epoch on,
+`best.npz` where the best epoch is the result, and `model.keras`, `summary.json` and `figure.png` once it is finished.
+Each file appears whole or not at all.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """From a recipe to a trained model in a run folder, and back from the folder to its accuracy.
 
-A training has one stage, with spikes, or two (hybrid): the representation network first, then, from thresholds calibrated on
-its activations, the spiking one. After each epoch a checkpoint holds all that the training needs to go on. What is in the
-folder: `keras_dsr.runs`.
+A training has one stage, with spikes, or two (hybrid): the representation network first, then, from thresholds
+calibrated on its activations, the spiking one. After each epoch a checkpoint holds all that the training needs to go
+on. What is in the folder: `keras_dsr.runs`.
 """
 
 from __future__ import annotations
@@ -169,13 +169,7 @@ def train(
     runs.open_folder(recipe, folder)
     if (folder / "summary.json").is_file():
         return runs.summary_of(folder)
-    loaded = data.load(
-        recipe.data,
-        data_dir=data_dir,
-        timesteps=recipe.timesteps or None,
-        validation=recipe.validation,
-        download=download,
-    )
+    loaded = _load(recipe, data_dir, download)
     if not (folder / "environment.json").is_file():
         runs.write(folder / "environment.json", runs.json_text(runs.environment()))
     state: dict[str, Any] = {"rows": [], "stage": -1, "epoch": 0, "best": [0, -1.0], "calibrated": None}
@@ -188,6 +182,20 @@ def train(
             continue
         model = _run_stage(recipe, plan, folder, loaded, state, model, tensorboard, verbose)
     return _finish(recipe, folder, loaded, state, model)
+
+
+def _load(recipe: Recipe, data_dir: Path | None, download: bool = False) -> DataSet:
+    """The recipe's data set."""
+    number = recipe.validation
+    loaded = data.load(
+        recipe.data,
+        data_dir=data_dir,
+        timesteps=recipe.timesteps or None,
+        # At 1 and above it is a number of examples.
+        validation=number if number is None or number < 1 else int(number),
+        download=download,
+    )
+    return loaded if recipe.train_examples is None else loaded.with_training_examples(recipe.train_examples)
 
 
 def _run_stage(
@@ -345,7 +353,7 @@ def evaluate(folder: Path, *, data_dir: Path | None = None) -> Summary:
     before = runs.summary_of(folder)
     recipe = runs.recipe_of(folder)
     model = keras.models.load_model(folder / "model.keras")
-    loaded = data.load(recipe.data, data_dir=data_dir, timesteps=recipe.timesteps or None, validation=recipe.validation)
+    loaded = _load(recipe, data_dir)
     return dataclasses.replace(
         before,
         test_accuracy=_accuracy(model, loaded, loaded.test),

@@ -114,6 +114,49 @@ def training_run(
         figure.savefig(beside, dpi=120)
 
 
+def accuracies(
+    path: Path,
+    title: str,
+    names: Sequence[str],
+    measured: Sequence[Sequence[float]],
+    reported: Sequence[float | None],
+) -> None:
+    """Draws the accuracies of several settings: the mean, every run, and what the paper reports.
+
+    Args:
+        path: The PNG file to write; it appears whole or not at all.
+        title: Heading of the picture.
+        names: Name of each setting.
+        measured: Accuracies of each setting's runs, in per cent.
+        reported: What the paper reports for each, in per cent, or `None`.
+    """
+    figure = matplotlib.figure.Figure(figsize=(9, 1.6 + 0.45 * len(names)), layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    places = np.arange(len(names))
+    means = [float(np.mean(values)) for values in measured]
+    axes.barh(places, means, color=_COLORS[0], height=0.6, label="mean")
+    runs_ = [(value, place) for place, values in zip(places, measured, strict=True) for value in values]
+    axes.scatter(*zip(*runs_, strict=True), color=_INK, s=14, zorder=3, label="each run")
+    stated = [(value, place) for place, value in zip(places, reported, strict=True) if value is not None]
+    if stated:
+        axes.scatter(*zip(*stated, strict=True), color=_COLORS[1], marker="D", s=30, zorder=4, label="the paper")
+    everything = [*(value for value, _ in runs_), *(value for value, _ in stated)]
+    low = max(0.0, min(everything) - max(2.0, 0.5 * (max(everything) - min(everything))))
+    axes.set_xlim(low, min(100.0, max(everything) + 0.15 * (max(everything) - low)))
+    for place, mean in zip(places, means, strict=True):
+        axes.annotate(
+            f"{mean:.2f}", (low, place), xytext=(5, 0), textcoords="offset points", va="center", color="white"
+        )
+    axes.set_yticks(places, names)
+    axes.invert_yaxis()
+    axes.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+    _panel(axes, "", "test accuracy in per cent (the axis does not start at 0)", "")
+    axes.grid(axis="y", visible=False)
+    figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold", color=_INK)
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=120)
+
+
 # More layers than this are not told apart by color, nor have room for their spikes side by side.
 _MOST = 5
 

@@ -197,6 +197,25 @@ class DataSet:
                     f"Those of {self.name!r}, part {name}, are in {labels.min()}..{labels.max()}."
                 )
 
+    def with_training_examples(self, count: int) -> DataSet:
+        """The same data set with fewer training examples, with equal parts of each class; the same ones each time.
+
+        Args:
+            count: How many.
+
+        Raises:
+            ValueError: if there are not so many, a class would be left out, or the training part is not an array.
+        """
+        if not isinstance(self.train, ArrayPart):
+            raise ValueError(
+                f"Of {self.name!r} the training examples are read one after another, so that none can be chosen. Leave "
+                f"train_examples out. Received train_examples={count!r}."
+            )
+        if count == len(self.train):
+            return self
+        _, chosen = split(self.train.labels, count, "smaller training")
+        return dataclasses.replace(self, train=ArrayPart(self.train.x[chosen], self.train.labels[chosen]))
+
     def standardize(self, x: tf.Tensor) -> tf.Tensor:
         """Stored inputs as float32, with mean 0 and standard deviation 1 a channel."""
         return (tf.cast(x, tf.float32) - tf.constant(self.mean, tf.float32)) / tf.constant(self.std, tf.float32)

@@ -1,0 +1,14 @@
+"""The paper's Table 3: without the firing mechanism, without threshold training.
+
+    python examples/table3.py --smoke                         # small networks on the digits, a minute
+    python examples/table3.py --data-dir DATA --seeds 3       # the paper's settings: days on a GPU
+
+What was stopped goes on where it was. Results: a table, a figure, and a folder for each run.
+"""
+
+import sys
+
+from keras_dsr import experiments
+
+if __name__ == "__main__":
+    sys.exit(experiments.main("table3", "Table 3: without the firing mechanism, without threshold training"))
