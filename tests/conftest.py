@@ -32,19 +32,19 @@ def golden_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def unpacked(tmp_path_factory) -> Callable[[str], Path]:
-    """Unpacks real data by name, once a session, and gives its folder; skips the test where the data is absent."""
-    folders: dict[str, Path] = {}
+def unpacked(tmp_path_factory) -> Callable[..., Path]:
+    """Unpacks real data by name and options, once a session, and gives its folder; skips the test if it is absent."""
+    folders: dict[tuple[str, ...], Path] = {}
 
-    def unpack(name: str) -> Path:
+    def unpack(*what: str) -> Path:
         script = SHARED / "data" / "unpack.py"
         if not script.is_file():
             pytest.skip(f"real data is not at {script.parent}; set KERAS_DSR_SHARED")
-        if name not in folders:
-            folder = tmp_path_factory.mktemp(name)
-            subprocess.run([sys.executable, str(script), name, "--out", str(folder)], check=True, capture_output=True)
-            folders[name] = folder
-        return folders[name]
+        if what not in folders:
+            folder = tmp_path_factory.mktemp(what[0])
+            subprocess.run([sys.executable, str(script), *what, "--out", str(folder)], check=True, capture_output=True)
+            folders[what] = folder
+        return folders[what]
 
     return unpack
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -408,30 +409,22 @@ def decode(path: Path) -> np.ndarray:
         return np.array(image.convert("RGB"))
 
 
-class _opened:
-    """The image in a file, whose errors name the file."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> Image.Image:
-        try:
-            self._image = Image.open(self._path)
-        except Exception as error:  # decoders raise errors of all kinds
-            raise self._error(error) from error
-        if self._image.mode.startswith(("I", "F")):
-            mode = self._image.mode
-            self._image.close()
-            raise ImageError(f"{self._path}: images have 8 bits a channel. This one has more, its mode is {mode!r}.")
-        return self._image
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        self._image.close()
-        if isinstance(error, Exception):
-            raise self._error(error) from error
-
-    def _error(self, error: Exception) -> ImageError:
-        return ImageError(f"{self._path}: the image cannot be read, it is truncated, corrupt or no image ({error}).")
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The image in a file; errors name the file."""
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ImageError(
+                    f"{path}: images have 8 bits a channel. This one has more, its mode is {image.mode!r}."
+                )
+            yield image
+    except ImageError:
+        raise
+    except Exception as error:  # decoders raise errors of all kinds
+        raise ImageError(
+            f"{path}: the image cannot be read, it is truncated, corrupt or no image ({error})."
+        ) from error
 
 
 def _how_many(validation: float, count: int) -> int:
@@ -459,7 +452,10 @@ def _tensorflow_datasets():
 def _prepared(name: str, data_dir: str | Path | None, download: bool, how: str):
     """The builder of a data set that tensorflow-datasets has prepared."""
     tfds = _tensorflow_datasets()
-    builder = tfds.builder(name, data_dir=None if data_dir is None else Path(data_dir).expanduser())
+    # Other paths may be addresses of a storage service, which a Path would change.
+    if str(data_dir).startswith("~"):
+        data_dir = Path(data_dir).expanduser()
+    builder = tfds.builder(name, data_dir=data_dir)
     if download:
         builder.download_and_prepare()
     if not builder.is_prepared():
