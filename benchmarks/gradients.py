@@ -78,7 +78,8 @@ def compare(options) -> None:
     lines = [
         f"A small convolutional IF network ({', '.join(map(str, WIDTHS))} channels), N = {options.timesteps}, V_th = "
         f"{options.threshold:g}, {EXAMPLES:,} CIFAR-10 images, {options.epochs} epochs, {options.seeds} seeds; "
-        f"validation accuracy after the last; TensorFlow, {host['cores']} cores of {host['processor']}, {host['date']}.",
+        "validation accuracy after the last; TensorFlow, "
+        f"{host['cores']} cores of {host['processor']}, {host['date']}.",
         "",
         "| gradient | accuracy, each seed | mean | standard deviation | CPU s, median |",
         "| --- | --- | --- | --- | --- |",

@@ -10,5 +10,8 @@ import sys
 
 from keras_dsr import experiments
 
+# What a minute is enough for.
+SMOKE = ("cifar10-if", "cifar10-lif", "dvs-cifar10-if", "dvs-cifar10-lif")
+
 if __name__ == "__main__":
-    sys.exit(experiments.main("table2", "Table 2: the data sets, with IF and LIF neurons"))
+    sys.exit(experiments.main("table2", "Table 2: the data sets, with IF and LIF neurons", SMOKE))

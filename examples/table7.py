@@ -10,5 +10,8 @@ import sys
 
 from keras_dsr import experiments
 
+# What a minute is enough for.
+SMOKE = ("cifar10-if", "cifar10-if-8bit", "cifar10-if-4bit")
+
 if __name__ == "__main__":
-    sys.exit(experiments.main("table7", "Table 7: weights of 8 and 4 bits"))
+    sys.exit(experiments.main("table7", "Table 7: weights of 8 and 4 bits", SMOKE))

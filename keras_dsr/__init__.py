@@ -6,16 +6,17 @@
 - `keras_dsr.RateCoding`, `keras_dsr.WeightedRateCoding`: what a train of spikes stands for
 - `keras_dsr.Stream`: what travels between layers
 - `keras_dsr.callbacks`: `CheckFinite`
-- the command line, `keras-dsr`: `train`, `evaluate`
+- `keras_dsr.optimizers`: `SGD`, with the paper's weight decay
+- the command line, `keras-dsr`: `train`, `resume`, `evaluate`, `recipes`, `compare`
 
 Reference: Meng et al., "Training High-Performance Low-Latency Spiking Neural Networks by Differentiation on Spike
 Representation", CVPR 2022.
 """
 
-from keras_dsr import callbacks, layers, models
+from keras_dsr import callbacks, layers, models, optimizers
 from keras_dsr.coding import RateCoding, WeightedRateCoding
 from keras_dsr.stream import Stream
 
 __version__ = "0.1.0"
 
-__all__ = ["RateCoding", "Stream", "WeightedRateCoding", "__version__", "callbacks", "layers", "models"]
+__all__ = ["RateCoding", "Stream", "WeightedRateCoding", "__version__", "callbacks", "layers", "models", "optimizers"]

@@ -18,11 +18,14 @@ from keras_dsr.files import replacing
 
 
 def _variables(model: keras.Model) -> dict[str, Any]:
-    """All variables of a compiled model by a name each: weights, seeds of dropout, the optimizer's; not metrics'."""
+    """All variables of a compiled model by a name each: weights, seeds of dropout, the optimizer's; not metrics'.
+
+    Their paths will not do: Keras numbers what has no name, seeds among it, by what else the process made before.
+    """
     metrics = {id(variable) for variable in model.metrics_variables}
     found = [variable for variable in model.variables if id(variable) not in metrics]
     model.optimizer.build(model.trainable_variables)
-    named = {f"model/{number}/{variable.path}": variable for number, variable in enumerate(found)}
+    named = {f"model/{number}/{variable.name}": variable for number, variable in enumerate(found)}
     return named | {f"optimizer/{number}": variable for number, variable in enumerate(model.optimizer.variables)}
 
 
@@ -45,8 +48,7 @@ def progress(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: if the file is no checkpoint.
     """
-    with _opened(path) as arrays:
-        return json.loads(str(arrays["progress"]))
+    return json.loads(str(_read(path)["progress"]))
 
 
 def restore(path: Path, model: keras.Model) -> None:
@@ -60,21 +62,26 @@ def restore(path: Path, model: keras.Model) -> None:
         ValueError: if the file is no checkpoint, or one of another model or optimizer.
     """
     variables = _variables(model)
-    with _opened(path) as arrays:
-        expected = {name: tuple(variable.shape) for name, variable in variables.items()}
-        found = {name: arrays[name].shape for name in arrays.files if name != "progress"}
-        if found != expected:
-            differing = sorted(set(found.items()) ^ set(expected.items()))[:4]
-            raise ValueError(
-                f"{path} is the checkpoint of another model or optimizer. Received {len(found)} arrays where the model "
-                f"has {len(expected)} variables; among what differs: {differing}."
-            )
-        for name, variable in variables.items():
-            variable.assign(arrays[name])
+    arrays = _read(path)
+    expected = {name: tuple(variable.shape) for name, variable in variables.items()}
+    found = {name: array.shape for name, array in arrays.items() if name != "progress"}
+    if found != expected:
+        differing = sorted(set(found.items()) ^ set(expected.items()))[:4]
+        raise ValueError(
+            f"{path} is the checkpoint of another model or optimizer. Received {len(found)} arrays where the model "
+            f"has {len(expected)} variables; among what differs: {differing}."
+        )
+    for name, variable in variables.items():
+        variable.assign(arrays[name])
 
 
-def _opened(path: Path) -> Any:
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of a checkpoint; a ValueError if the file is none, or is damaged anywhere."""
     try:
-        return np.load(path, allow_pickle=False)
-    except (zipfile.BadZipFile, ValueError, EOFError) as error:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays = dict(archive)
+    except (zipfile.BadZipFile, ValueError, EOFError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a checkpoint, or is damaged: {error}.") from error
+    if "progress" not in arrays:
+        raise ValueError(f"{path} is not a checkpoint: it does not say how far a training came.")
+    return arrays

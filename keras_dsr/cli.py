@@ -1,4 +1,4 @@
-"""The command line: `keras-dsr train`, `resume`, `evaluate`, `recipes` and `compare`."""
+"""The command line: `keras-dsr train`, `resume`, `evaluate`, `recipes`, `pack` and `compare`."""
 
 from __future__ import annotations
 
@@ -47,6 +47,13 @@ def _parser() -> argparse.ArgumentParser:
         "recipes", help="list recipes", description="List all recipes, or print the settings of one."
     )
     listing.add_argument("recipe", nargs="?", help="print this one's settings")
+    pack = commands.add_parser(
+        "pack", help="pack a run's weights", description="Pack a finished run's weights, card and history as a preset."
+    )
+    pack.add_argument("run", type=Path, help="a run folder")
+    pack.add_argument("card", type=Path, help="the card to write, a .json file; weights and history go beside it")
+    pack.add_argument("--version", type=int, default=1, help="version of the weights (default: 1)")
+    pack.add_argument("--data-dir", type=Path, help="where the data set is (default: $KERAS_DSR_DATA)")
     compare = commands.add_parser(
         "compare", help="compare runs", description="Show the settings in which runs differ, and what came out."
     )
@@ -65,9 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        {"train": _train, "resume": _resume, "evaluate": _evaluate, "recipes": _recipes, "compare": _compare}[
-            options.command
-        ](options)
+        _COMMANDS[options.command](options)
     except (ValueError, OSError, ImportError) as error:
         print(f"keras-dsr: {error}", file=sys.stderr)
         return 1
@@ -117,18 +122,23 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _report(summary: runs.Summary, folder: Path) -> None:
     table = Table(title=f"{folder}", title_justify="left", show_header=False)
     table.add_row("test accuracy", f"{summary.test_accuracy:.2%} of {summary.test_examples} examples")
-    table.add_row("validation accuracy", f"{summary.validation_accuracy:.2%}, epoch {summary.epoch}")
+    table.add_row("validation accuracy", f"{_percent(summary.validation_accuracy)}, epoch {summary.epoch}")
     table.add_row("time steps N", str(summary.timesteps))
     for name, rate in summary.firing_rates.items():
         table.add_row(f"{name}", f"firing rate {rate:.3f}, threshold {summary.thresholds[name]:.2f}")
     for stage in summary.stages:
-        each = f"{stage.seconds:.1f} s for {stage.epochs} epochs, validation accuracy {stage.validation_accuracy:.2%}"
+        accuracy = _percent(stage.validation_accuracy)
+        each = f"{stage.seconds:.1f} s for {stage.epochs} epochs, validation accuracy {accuracy}"
         if stage.calibrated_accuracy is not None:
-            each += f"; {stage.calibrated_accuracy:.2%} right after calibration"
+            each += f"; {_percent(stage.calibrated_accuracy)} right after calibration"
         table.add_row(f"{stage.name} training", each)
     if summary.seconds_saved is not None:
         table.add_row("saved by hybrid training", f"{summary.seconds_saved:.1f} s against as many epochs with spikes")
     Console().print(table)
+
+
+def _percent(accuracy: float | None) -> str:
+    return "-" if accuracy is None else f"{accuracy:.2%}"
 
 
 def _recipes(options: argparse.Namespace) -> None:
@@ -143,6 +153,12 @@ def _recipes(options: argparse.Namespace) -> None:
     Console().print(table)
 
 
+def _pack(options: argparse.Namespace) -> None:
+    card = training.pack(options.run, options.card, data_dir=options.data_dir, version=options.version)
+    print(f"Written: {options.card}, with weights and history beside it. Use them so:")
+    print(f"  {card.builder}, weights={str(options.card)!r})")
+
+
 def _compare(options: argparse.Namespace) -> None:
     heading, rows = runs.compare(options.runs)
     table = Table(*heading)
@@ -150,6 +166,15 @@ def _compare(options: argparse.Namespace) -> None:
         table.add_row(*row)
     Console().print(table)
 
+
+_COMMANDS = {
+    "train": _train,
+    "resume": _resume,
+    "evaluate": _evaluate,
+    "recipes": _recipes,
+    "pack": _pack,
+    "compare": _compare,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -63,15 +63,17 @@ def smoke(recipe: Recipe) -> Recipe:
     events = recipe.network == "vgg"
     deep = recipe.network == "preact_resnet" and recipe.depth != 18
     if deep:
-        network = {"network": "preact_resnet", "timesteps": min(recipe.timesteps, 4), "threshold": 1.0, "epochs": 2}
+        network = {"network": "preact_resnet", "timesteps": min(recipe.timesteps, 2), "threshold": 1.0, "epochs": 1}
     elif events:
         network = {"network": "vgg", "depth": 5, "timesteps": min(recipe.timesteps, 8), "epochs": 1}
     else:
         network = {"network": "small_cnn", "widths": (16, 32), "stem": "cifar", "epochs": 4}
     return dataclasses.replace(
         recipe,
+        summary=f"{recipe.summary}, in small form",
         data="digits_events" if events else "digits",
         validation=None,
+        train_examples=None,
         batch_size=32,
         optimizer="sgd",
         learning_rate=0.1,

@@ -48,16 +48,12 @@ class SGD(keras.optimizers.SGD):
             )
         self.coupled_weight_decay = float(coupled_weight_decay)
 
-    def apply(self, grads: Any, trainable_variables: Any = None) -> Any:
-        variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        # Here and not ahead of `apply`: gradients are unscaled, clipped and summed over replicas by now.
         if self.coupled_weight_decay:
-            grads = [
-                gradient
-                if gradient is None
-                else gradient + self.coupled_weight_decay * ops.cast(weight, gradient.dtype)
-                for gradient, weight in zip(grads, variables, strict=True)
-            ]
-        return super().apply(grads, trainable_variables)
+            decay = ops.multiply(variable, ops.cast(self.coupled_weight_decay, variable.dtype))
+            gradient = ops.add(ops.cast(gradient, variable.dtype), decay)
+        super().update_step(gradient, variable, learning_rate)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "coupled_weight_decay": self.coupled_weight_decay}

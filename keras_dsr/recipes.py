@@ -60,8 +60,8 @@ class Recipe:
         warmup_steps: Updates over which the learning rate rises from 0; at most a fifth of all.
         augmentation: Random changes to training inputs, see `keras_dsr.data.augmentation.Augmentation`.
         padding: Pixels that the augmentation "crop" pads.
-        validation: How many training images are set aside for validation, or which part of the recordings; `None` for
-            the data set's default.
+        validation: How many training images are set aside for validation, or which part of the recordings, 0 for none;
+            `None` for the data set's default.
         train_examples: How many training examples are used, with equal parts of each class; `None` for all.
         selection: Which weights are the result: of the epoch that is "best" on the validation part, or of the "last".
         hybrid_epochs: Passes over the training part as representation network, before thresholds are calibrated on its
@@ -114,6 +114,13 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.validation is not None and not self.validation >= 0:
+            raise ValueError(f"validation must be 0 or more, or None. Received validation={self.validation!r}.")
+        if self.validation == 0 and self.selection == "best":
+            raise ValueError(
+                "The best epoch is chosen on validation examples. Received validation=0, selection='best'; set "
+                "selection='last'."
+            )
         for field, least in (
             ("epochs", 0),
             ("hybrid_epochs", 0),
@@ -129,8 +136,8 @@ class Recipe:
                 raise ValueError(f"{field} must be {least} or more. Received {field}={getattr(self, field)!r}.")
         if not self.epochs + self.hybrid_epochs:
             raise ValueError("A recipe trains for 1 epoch or more. Received epochs=0, hybrid_epochs=0.")
-        for field in ("learning_rate", "hybrid_learning_rate"):
-            if not getattr(self, field) > 0:
+        for field in ("learning_rate", "hybrid_learning_rate", "train_examples"):
+            if getattr(self, field) is not None and not getattr(self, field) > 0:
                 raise ValueError(f"{field} must be above 0. Received {field}={getattr(self, field)!r}.")
         for field, choices in (
             ("network", NETWORKS),
@@ -193,7 +200,7 @@ class Recipe:
             "weight_bits": self.weight_bits,
         }
         if self.network == "vgg":
-            return models.vgg(self.depth, timesteps=timesteps or (0 if timesteps == 0 else None), **common)
+            return models.vgg(self.depth, timesteps=timesteps, **common)
         if self.network == "small_cnn":
             return models.small_cnn(self.widths, timesteps=timesteps, **common)
         return models.preact_resnet(self.depth, timesteps=timesteps, stem=self.stem, **common)

@@ -13,6 +13,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
+import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,9 @@ import keras_dsr
 from keras_dsr.files import replacing
 from keras_dsr.recipes import Recipe
 
+# What `replacing` leaves of a process that was killed as it wrote.
+_LEFT_OVER = re.compile(r"\.\d+-.+\.(json|npz|csv|png|keras)")
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -34,7 +38,7 @@ class Stage:
         timesteps: Number N of time steps; 0 for the representation network.
         epochs: Passes over the training part.
         seconds: Wall time, validation included.
-        validation_accuracy: Of the stage's result, on the validation part.
+        validation_accuracy: Of the stage's result, on the validation part; `None` if that is empty.
         calibrated_accuracy: For a stage that starts from calibrated thresholds: validation accuracy before its first
             update; else `None`.
     """
@@ -43,7 +47,7 @@ class Stage:
     timesteps: int
     epochs: int
     seconds: float
-    validation_accuracy: float
+    validation_accuracy: float | None
     calibrated_accuracy: float | None
 
 
@@ -54,7 +58,7 @@ class Summary:
     Args:
         test_accuracy: Part of the test examples that the final network gets right, looked at once.
         test_examples: Their number.
-        validation_accuracy: The same for the validation examples.
+        validation_accuracy: The same for the validation examples; `None` if there are none.
         epoch: Number of the epoch, from 1 and within the last stage, whose weights are the result.
         firing_rates: Spikes per neuron and time step on test examples, for each neuron layer.
         thresholds: V_th of each neuron layer.
@@ -67,7 +71,7 @@ class Summary:
 
     test_accuracy: float
     test_examples: int
-    validation_accuracy: float
+    validation_accuracy: float | None
     epoch: int
     firing_rates: dict[str, float]
     thresholds: dict[str, float]
@@ -116,10 +120,11 @@ def open_folder(recipe: Recipe, folder: Path) -> None:
                 f"{folder} is the run of another recipe. Expected {_differences(before, recipe)}. Name another folder, "
                 "or go on with the settings that it has: keras-dsr resume."
             )
-    elif any(folder.iterdir()):
+    elif any(not _LEFT_OVER.fullmatch(file.name) for file in folder.iterdir()):
         raise FileExistsError(f"{folder} has files in it but is not the folder of a run. Name another folder.")
-    for left_over in folder.glob(".*-*"):  # of a process that was killed as it wrote
-        left_over.unlink()
+    for file in folder.iterdir():
+        if _LEFT_OVER.fullmatch(file.name):
+            file.unlink()
     write(path, recipe.to_json())
 
 
@@ -253,7 +258,7 @@ def _results(folder: Path) -> dict[str, str]:
     return {
         "state": "finished",
         "test accuracy": f"{summary.test_accuracy:.2%}",
-        "validation accuracy": f"{summary.validation_accuracy:.2%}",
+        "validation accuracy": "-" if summary.validation_accuracy is None else f"{summary.validation_accuracy:.2%}",
         "mean firing rate": f"{sum(rates) / len(rates):.4f}" if rates else "-",
         "training time": f"{summary.seconds:.0f} s",
         **({} if summary.seconds_saved is None else {"saved by hybrid training": f"{summary.seconds_saved:.0f} s"}),

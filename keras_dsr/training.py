@@ -8,6 +8,7 @@ on. What is in the folder: `keras_dsr.runs`.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 import time
@@ -22,8 +23,10 @@ from keras_dsr.analysis import figures, firing
 from keras_dsr.callbacks import CheckFinite
 from keras_dsr.constraints import not_finite
 from keras_dsr.data.augmentation import Augmentation
-from keras_dsr.data.parts import DataSet
+from keras_dsr.data.parts import DataSet, Part
 from keras_dsr.files import replacing
+from keras_dsr.models import presets
+from keras_dsr.models.presets import Card
 from keras_dsr.optimizers import SGD
 from keras_dsr.recipes import Recipe
 from keras_dsr.runs import Stage, Summary
@@ -131,8 +134,9 @@ class _Keeper(keras.callbacks.Callback):
             self.state["best"] = [epoch + 1, logs["val_accuracy"]]
             # Before the checkpoint that speaks of it: killed in between, the epoch is run again and gives the same.
             checkpoints.save(self.folder / "best.npz", self.model, {"epoch": epoch + 1})
-        checkpoints.save(self.folder / "checkpoint.npz", self.model, self.state)
+        # The checkpoint is last, so that nothing in the folder is older than what it speaks of.
         runs.write_history(self.folder / "history.csv", self.state["rows"])
+        checkpoints.save(self.folder / "checkpoint.npz", self.model, self.state)
 
 
 def train(
@@ -264,7 +268,7 @@ def _run_stage(
         try:
             model.fit(
                 batches,
-                validation_data=loaded.batches(loaded.validation, 128),
+                validation_data=loaded.batches(loaded.validation, 128) if len(loaded.validation) else None,
                 steps_per_epoch=steps,
                 epochs=plan.epochs,
                 initial_epoch=done,
@@ -293,7 +297,10 @@ def _tensorboard(folder: Path) -> keras.callbacks.Callback:
     return keras.callbacks.TensorBoard(folder, write_graph=False)
 
 
-def _accuracy(model: keras.Model, loaded: DataSet, part: Any) -> float:
+def _accuracy(model: keras.Model, loaded: DataSet, part: Part) -> float | None:
+    """Accuracy on a part; `None` if it is empty."""
+    if not len(part):
+        return None
     return float(model.evaluate(loaded.batches(part, 128), verbose=0, return_dict=True)["accuracy"])
 
 
@@ -305,7 +312,7 @@ def _finish(recipe: Recipe, folder: Path, loaded: DataSet, state: dict[str, Any]
     for plan in _plans(recipe):
         mine = [row for row in rows if row["stage"] == plan.name]
         calibrated = state["calibrated"] if plan.number else None
-        accuracies = [row["val_accuracy"] for row in mine] or [calibrated]
+        accuracies = [row.get("val_accuracy") for row in mine] or [calibrated]
         chosen = state["best"][1] if plan.number == len(_plans(recipe)) - 1 and state["best"][0] else accuracies[-1]
         seconds = sum(row["seconds"] for row in mine)
         stages.append(Stage(plan.name, plan.timesteps, len(mine), seconds, chosen, calibrated))
@@ -362,6 +369,51 @@ def evaluate(folder: Path, *, data_dir: Path | None = None) -> Summary:
     )
 
 
+def pack(folder: Path, path: Path, *, data_dir: Path | None = None, version: int = 1) -> Card:
+    """Packs a finished run's weights as a preset, with its card and history.
+
+    Args:
+        folder: A run folder that `train` filled.
+        path: The card to write, a .json file; the other files stand beside it.
+        data_dir: Where the data set is, for the names of its classes and its statistics.
+        version: Version of the weights.
+
+    Returns:
+        The card.
+
+    Raises:
+        FileNotFoundError: if the folder lacks a file of a finished run, or the data set is not there.
+        ValueError: if the network is one that no preset is for, or `path` does not end in .json.
+    """
+    summary, recipe = runs.summary_of(folder), runs.recipe_of(folder)
+    if recipe.network == "small_cnn":
+        raise ValueError("Presets are for preact_resnet and vgg. Received a run with network='small_cnn'.")
+    loaded = _load(recipe, data_dir)
+    neuron = recipe.neuron_layer().get_config()
+    dropped = ("name", "trainable", "dtype", "timesteps", "loop")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    card = Card(
+        network=f"{recipe.network}{recipe.depth}",
+        version=version,
+        neuron=recipe.neuron,
+        neuron_settings={name: value for name, value in neuron.items() if name not in dropped},
+        timesteps=recipe.timesteps,
+        classes=loaded.class_names,
+        input_shape=loaded.input_shape,
+        mean=loaded.mean,
+        std=loaded.std,
+        data=recipe.data,
+        test_accuracy=summary.test_accuracy,
+        test_examples=summary.test_examples,
+        validation_accuracy=summary.validation_accuracy,
+        firing_rates=summary.firing_rates,
+        recipe=dataclasses.asdict(recipe),
+        environment=json.loads((folder / "environment.json").read_text()),
+    )
+    model = keras.models.load_model(folder / "model.keras")
+    return presets.pack(model, card, (folder / "history.csv").read_text(), path)
+
+
 def _draw(
     path: Path, model: keras.Model, recipe: Recipe, loaded: DataSet, state: dict[str, Any], summary: Summary
 ) -> None:
@@ -372,7 +424,7 @@ def _draw(
     figures.training_run(
         path,
         title=f"{recipe.name}: test accuracy {summary.test_accuracy:.1%} with N = {recipe.timesteps} time steps",
-        history={name: [row[name] for row in rows] for name in ("accuracy", "val_accuracy")},
+        history={name: [row[name] for row in rows] for name in ("accuracy", "val_accuracy") if name in rows[0]},
         stages=[(stage.name, stage.epochs) for stage in summary.stages if stage.epochs],
         rates=summary.firing_rates,
         thresholds={name: [start[name], *(row[f"threshold_{name}"] for row in rows)] for name in names},

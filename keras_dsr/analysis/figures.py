@@ -42,7 +42,7 @@ def training_run(
     Args:
         path: The PNG file to write; it appears whole or not at all.
         title: Heading of the picture.
-        history: For "accuracy" and "val_accuracy", a value for each epoch.
+        history: For "accuracy" and, if there are validation examples, "val_accuracy" a value for each epoch.
         stages: Name and number of epochs of each stage of the training, in order.
         rates: Firing rate of each neuron layer.
         thresholds: For each neuron layer its threshold before training and after each epoch.
@@ -61,9 +61,11 @@ def training_run(
     axes = figure.add_subplot(grid[0, 0])
     epochs = np.arange(1, len(history["accuracy"]) + 1)
     axes.plot(epochs, history["accuracy"], color=_COLORS[-1], label="training (augmented, with dropout)")
-    axes.plot(epochs, history["val_accuracy"], color=_COLORS[0], label="validation")
+    held_out = history.get("val_accuracy")
+    if held_out:
+        axes.plot(epochs, held_out, color=_COLORS[0], label="validation")
     axes.legend(frameon=False, loc="lower right")
-    axes.set_ylim(max(0.0, min(history["val_accuracy"]) - 0.12), 1.01)
+    axes.set_ylim(max(0.0, min(held_out or history["accuracy"]) - 0.12), 1.01)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _panel(axes, "Accuracy", "epoch", "accuracy")
 

@@ -17,6 +17,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_dsr import backend
+
 
 def check_bits(bits: Any) -> int:
     """`bits`, if it is a whole number from 2 to 16; else a ValueError."""
@@ -52,8 +54,9 @@ def quantize(kernel: Any, bits: int) -> tuple[Any, Any]:
 
 def straight_through(kernel: Any, bits: int) -> Any:
     """The quantized kernel q step, with the gradient of `kernel`."""
+    kernel = ops.convert_to_tensor(kernel)
     q, step = quantize(kernel, bits)
-    return kernel + ops.stop_gradient(q * step - kernel)
+    return backend.carry(ops.stop_gradient(q * step), kernel)
 
 
 @keras.saving.register_keras_serializable(package="keras_dsr")
@@ -75,7 +78,7 @@ class QuantizedConv2D(keras.layers.Conv2D):
         self.bits = check_bits(bits)
 
     def convolution_op(self, inputs: Any, kernel: Any) -> Any:
-        return super().convolution_op(inputs, straight_through(ops.convert_to_tensor(kernel), self.bits))
+        return super().convolution_op(inputs, straight_through(kernel, self.bits))
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "bits": self.bits}
@@ -99,7 +102,7 @@ class QuantizedDense(keras.layers.Dense):
         self.bits = check_bits(bits)
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
-        outputs = ops.matmul(inputs, straight_through(ops.convert_to_tensor(self.kernel), self.bits))
+        outputs = ops.matmul(inputs, straight_through(self.kernel, self.bits))
         if self.bias is not None:
             outputs = ops.add(outputs, self.bias)
         return outputs if self.activation is None else self.activation(outputs)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import keras
 
 from keras_dsr import layers
 from keras_dsr.layers.neurons import SpikingNeuron
+from keras_dsr.models import presets
 from keras_dsr.models.common import Builder, check_head, check_image_network
 from keras_dsr.stream import Stream
 
@@ -23,12 +26,13 @@ _STAGES: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {
 def preact_resnet(
     depth: int = 18,
     neuron: str | SpikingNeuron = "if",
-    timesteps: int = 20,
+    timesteps: int | None = None,
     classes: int = 10,
     input_shape: tuple[int | None, int | None, int] = (32, 32, 3),
     dropout: float = 0.0,
     stem: str = "cifar",
     weight_bits: int | None = None,
+    weights: str | Path | None = None,
     name: str | None = None,
 ) -> keras.Model:
     """A spiking pre-activation ResNet for images.
@@ -41,7 +45,8 @@ def preact_resnet(
         depth: 18 (four stages of 64 to 512 channels), or 20, 32, 44, 56 or 110 (three stages of 16 to 64, Table 4).
         neuron: "if" or "lif", with the paper's defaults; or a neuron layer, whose arguments all neurons get, such as
             `keras_dsr.layers.IFSpike(threshold=1.0)`.
-        timesteps: Number N of time steps; 0 for the representation network, an ANN with the same weights.
+        timesteps: Number N of time steps; 0 for the representation network, an ANN with the same weights. `None` for
+            20, or for the number that the `weights` were trained with.
         classes: Number of classes.
         input_shape: Height, width and channels of the image.
         dropout: Rate of the dropout ahead of the dense layer.
@@ -49,13 +54,15 @@ def preact_resnet(
             stride 2.
         weight_bits: Bits of the weights of convolutions and dense layers, trained by straight-through estimation (the
             paper's Table 7 has 8 and 4); `None` for floats.
+        weights: Trained weights: the data set of a preset that comes with the package, such as "cifar10" for depth
+            20; or the path of a preset's card, see `keras_dsr.models.presets`. `None` for random ones.
         name: Name of the model.
 
     Returns:
         A functional `keras.Model` from images (batch, height, width, channels) to logits (batch, classes).
 
     Raises:
-        ValueError: if an argument is not one of those named above.
+        ValueError: if an argument is not one of those named above, or weights do not fit the network or their hash.
 
     Example:
 
@@ -69,6 +76,9 @@ def preact_resnet(
         raise ValueError(f"depth is one of {sorted(_STAGES)}. Received depth={depth!r}.")
     if stem not in ("cifar", "imagenet"):
         raise ValueError(f"stem is 'cifar' or 'imagenet'. Received stem={stem!r}.")
+    if weights is not None:
+        neuron, timesteps = presets.settings(f"preact_resnet{depth}", weights, neuron, timesteps, classes)
+    timesteps = 20 if timesteps is None else timesteps
     check_image_network(timesteps, input_shape)
     check_head(classes, dropout)
     build = Builder(neuron, timesteps, weight_bits)
@@ -89,7 +99,10 @@ def preact_resnet(
     x = build.affine(x, keras.layers.GlobalAveragePooling2D(name="pool"))
     x = build.neuron(x, "pool_neuron")
     x = build.drop(x, dropout, "dropout")
-    return keras.Model(inputs, build.classify(x, classes), name=name or f"preact_resnet{depth}")
+    model = keras.Model(inputs, build.classify(x, classes), name=name or f"preact_resnet{depth}")
+    if weights is not None:
+        presets.load(model, f"preact_resnet{depth}", weights)
+    return model
 
 
 def _block(build: Builder, x: keras.KerasTensor | Stream, width: int, stride: int, name: str) -> Stream:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import keras
 
 from keras_dsr import layers
 from keras_dsr.layers.neurons import SpikingNeuron
+from keras_dsr.models import presets
 from keras_dsr.models.common import Builder, check_head
 
 # Channels of the convolutions; average pooling by 2 follows each group.
@@ -23,6 +26,7 @@ def vgg(
     input_shape: tuple[int | None, int | None, int | None, int] = (20, 48, 48, 2),
     dropout: float = 0.0,
     weight_bits: int | None = None,
+    weights: str | Path | None = None,
     name: str | None = None,
 ) -> keras.Model:
     """A spiking VGG for frames of events.
@@ -41,13 +45,15 @@ def vgg(
         dropout: Rate of the dropout ahead of the dense layer.
         weight_bits: Bits of the weights of convolutions and dense layers, trained by straight-through estimation (the
             paper's Table 7 has 8 and 4); `None` for floats.
+        weights: Trained weights: the data set of a preset that comes with the package, such as "nmnist" for depth 5; or
+            the path of a preset's card, see `keras_dsr.models.presets`. `None` for random ones.
         name: Name of the model.
 
     Returns:
         A functional `keras.Model` from frames (batch, time, height, width, polarities) to logits (batch, classes).
 
     Raises:
-        ValueError: if an argument is not one of those named above.
+        ValueError: if an argument is not one of those named above, or weights do not fit the network or their hash.
 
     Reference: Meng et al., CVPR 2022, Section 5 and Appendix.
     """
@@ -58,6 +64,9 @@ def vgg(
             f"input_shape is (time, height, width, polarities): events come in frames. Received {input_shape!r}."
         )
     check_head(classes, dropout)
+    if weights is not None:
+        # The number of steps is that of the frames, whatever the weights were trained with.
+        neuron, _ = presets.settings(f"vgg{depth}", weights, neuron, timesteps, classes)
     build = Builder(neuron, None, weight_bits)
 
     inputs = keras.Input(input_shape, name="frames")
@@ -71,4 +80,7 @@ def vgg(
         x = build.affine(x, keras.layers.AveragePooling2D(2, name=f"group{group}_pool"))
     x = build.affine(x, keras.layers.Flatten(name="flatten"))
     x = build.drop(x, dropout, "dropout")
-    return keras.Model(inputs, build.classify(x, classes), name=name or f"vgg{depth}")
+    model = keras.Model(inputs, build.classify(x, classes), name=name or f"vgg{depth}")
+    if weights is not None:
+        presets.load(model, f"vgg{depth}", weights)
+    return model

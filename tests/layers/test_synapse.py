@@ -56,6 +56,8 @@ CASES = {
     "Reshape": (lambda: L.Reshape((4, -1)), (8, 3)),
     "Permute": (lambda: L.Permute((2, 1)), (4, 3)),
     "Identity": (lambda: L.Identity(), (4, 3)),
+    "QuantizedConv2D": (lambda: layers.QuantizedConv2D(3, 3, bits=4), (5, 5, 2)),
+    "QuantizedDense": (lambda: layers.QuantizedDense(3, bits=4), (5,)),
     "Sequential": (padded_convolution, (6, 6, 2)),
 }
 
