@@ -4,14 +4,14 @@ python examples/first_network.py
 """
 
 import keras
+import numpy as np
 
-from keras_dsr import layers
+from keras_dsr import data, layers
 from keras_dsr.analysis.firing import firing_rates
-from keras_dsr.data.images import digits
 
-data = digits()
+digits = data.load("digits")
 
-image = keras.Input(data.input_shape)
+image = keras.Input(digits.input_shape)
 x = keras.layers.Conv2D(32, 3, padding="same")(image)  # the image is static: a stock layer, run once
 x = keras.layers.BatchNormalization()(x)
 x = layers.IFSpike(threshold=2.0, timesteps=8)(x)  # from here on, 8 time steps of spikes
@@ -19,17 +19,18 @@ x = layers.Synapse(keras.layers.Conv2D(64, 3, strides=2, padding="same"))(x)
 x = layers.BatchNormalization()(x)
 x = layers.IFSpike(threshold=2.0)(x)
 x = layers.Synapse(keras.layers.Flatten())(x)
-x = layers.Synapse(keras.layers.Dense(data.classes))(x)
+x = layers.Synapse(keras.layers.Dense(digits.classes))(x)
 logits = layers.SpikeRep()(x)  # what the spikes stand for
 model = keras.Model(image, logits)
 
 model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
 model.fit(
-    data.train.images,
-    data.train.labels,
-    validation_data=(data.validation.images, data.validation.labels),
+    np.asarray(digits.standardize(digits.train.x)),
+    digits.train.labels,
+    validation_data=digits.batches(digits.validation, 144),
     epochs=10,
     verbose=2,
 )
-_, accuracy = model.evaluate(data.test.images, data.test.labels, verbose=0)
-print(f"test accuracy {accuracy:.1%}; firing rates {firing_rates(model, data.test.images)}")
+test = digits.batches(digits.test, 120)
+_, accuracy = model.evaluate(test, verbose=0)
+print(f"test accuracy {accuracy:.1%}; firing rates {firing_rates(model, test)}")

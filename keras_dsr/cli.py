@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after `keras-dsr`; those of the process if `None`.
 
     Returns:
-        The exit status: 0, or 1 after an error that the user can mend, which is printed.
+        The exit status: 0; 1 after an error that the user can mend, which is printed; 130 if stopped by Ctrl-C.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -76,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"keras-dsr: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
@@ -87,7 +89,13 @@ def _train(options: argparse.Namespace) -> None:
         if getattr(options, name) is not None:
             changes[name] = getattr(options, name)
     recipe = recipe.with_settings(changes)
-    _run(recipe, options.folder or runs.new_folder(recipe, options.runs), options)
+    folder = options.folder or runs.new_folder(recipe, options.runs)
+    try:
+        _run(recipe, folder, options)
+    except BaseException:
+        if options.folder is None:
+            runs.discard(folder)
+        raise
 
 
 def _resume(options: argparse.Namespace) -> None:

@@ -127,6 +127,7 @@ class Recipe:
             ("batch_size", 1),
             ("timesteps", 0),
             ("warmup_steps", 0),
+            ("padding", 0),
             ("momentum", 0),
             ("weight_decay", 0),
             ("hybrid_weight_decay", 0),
@@ -139,6 +140,10 @@ class Recipe:
         for field in ("learning_rate", "hybrid_learning_rate", "train_examples"):
             if getattr(self, field) is not None and not getattr(self, field) > 0:
                 raise ValueError(f"{field} must be above 0. Received {field}={getattr(self, field)!r}.")
+        if not 0 < self.hybrid_percentile <= 100:
+            raise ValueError(
+                f"hybrid_percentile must be in (0, 100]. Received hybrid_percentile={self.hybrid_percentile!r}."
+            )
         for field, choices in (
             ("network", NETWORKS),
             ("neuron", tuple(NEURONS)),
@@ -214,17 +219,23 @@ class Recipe:
         """The recipe that `to_json` wrote.
 
         Raises:
-            ValueError: if settings are missing or unknown.
+            ValueError: if settings are missing, unknown, or not of their type.
         """
-        settings: dict[str, Any] = json.loads(text)
-        fields = {field.name for field in dataclasses.fields(cls)}
-        if set(settings) != fields:
+        try:
+            settings = json.loads(text)
+        except json.JSONDecodeError as error:
             raise ValueError(
-                f"A recipe has the settings {sorted(fields)}. "
-                f"Missing: {sorted(fields - set(settings))}. Unknown: {sorted(set(settings) - fields)}."
+                f"A recipe is a JSON object of settings. What was received is no JSON: {error}."
+            ) from error
+        if not isinstance(settings, dict):
+            raise ValueError(f"A recipe is a JSON object of settings. Received {settings!r}.")
+        kinds = typing.get_type_hints(cls)
+        if settings.keys() != kinds.keys():
+            raise ValueError(
+                f"A recipe has the settings {sorted(kinds)}. "
+                f"Missing: {sorted(kinds.keys() - settings)}. Unknown: {sorted(settings.keys() - kinds)}."
             )
-        lists = {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
-        return cls(**{**settings, **lists})
+        return cls(**{name: _typed(name, value, kinds[name]) for name, value in settings.items()})
 
     def with_settings(self, texts: Mapping[str, str]) -> Recipe:
         """The recipe with some settings changed, each given as text: what a command line has.
@@ -254,26 +265,39 @@ class Recipe:
         return dataclasses.replace(self, **changed)
 
 
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def _without_none(kind: types.UnionType) -> Any:
+    return next(each for each in typing.get_args(kind) if each is not type(None))
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """A setting's value from JSON, which must be of its declared type; whole numbers are numbers too."""
+    if isinstance(kind, types.UnionType):
+        return None if value is None else _typed(name, value, _without_none(kind))
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{name} is a list. Received {name}={value!r}.")
+        return tuple(_typed(name, each, typing.get_args(kind)[0]) for each in value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{name} is {_KINDS[kind]}. Received {name}={value!r}.")
+    return value
+
+
 def _parse(name: str, text: str, kind: Any) -> Any:
     """A setting's value from text, by its declared type."""
-    if isinstance(kind, types.UnionType):  # with None
-        if text.lower() == "none":
-            return None
-        kind = next(each for each in typing.get_args(kind) if each is not type(None))
+    if isinstance(kind, types.UnionType):
+        return None if text.lower() == "none" else _parse(name, text, _without_none(kind))
     if typing.get_origin(kind) is tuple:
         element = typing.get_args(kind)[0]
         return tuple(_parse(name, each.strip(), element) for each in text.split(",") if each.strip())
-    if kind is bool:
-        if text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        raise ValueError(f"{name} is true or false. Received {name}={text!r}.")
-    if kind is str:
-        return text
     try:
-        return kind(text)
-    except ValueError:
-        expected = {int: "a whole number", float: "a number"}[kind]
-        raise ValueError(f"{name} is {expected}. Received {name}={text!r}.") from None
+        return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError):
+        raise ValueError(f"{name} is {_KINDS[kind]}. Received {name}={text!r}.") from None
 
 
 def parse_settings(texts: Iterable[str]) -> dict[str, str]:
@@ -470,22 +494,20 @@ _OURS = (
     ),
     Recipe(
         name="nmnist",
-        summary="A small VGG on N-MNIST, IF, N = 10",
+        summary="A small VGG on N-MNIST, IF, N = 10, hybrid training",
         data="nmnist",
         network="vgg",
         depth=5,
         timesteps=10,
-        threshold=1.0,
-        dropout=0.1,
-        epochs=40,
+        dropout=0.5,
+        epochs=10,
         batch_size=32,
-        optimizer="adam",
-        learning_rate=2e-3,
-        weight_decay=0.0,
-        warmup_steps=0,
+        learning_rate=0.01,
         augmentation=("crop",),
-        padding=2,
         selection="last",
+        hybrid_epochs=80,
+        hybrid_weight_decay=2e-3,
+        hybrid_percentile=99.5,
     ),
     Recipe(
         name="poker-dvs",

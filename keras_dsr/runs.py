@@ -7,6 +7,7 @@ Each file appears whole or not at all.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import datetime
@@ -102,6 +103,16 @@ def new_folder(recipe: Recipe, parent: Path) -> Path:
             continue
         return folder
     raise FileExistsError(f"There are too many runs of this second in {parent}.")
+
+
+def discard(folder: Path) -> None:
+    """Removes a run folder in which no epoch came to its end."""
+    if (folder / "checkpoint.npz").is_file():
+        return
+    for name in ("recipe.json", "environment.json"):
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # there is something else in it
+        folder.rmdir()
 
 
 def open_folder(recipe: Recipe, folder: Path) -> None:

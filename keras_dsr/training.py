@@ -169,7 +169,10 @@ def train(
             with other settings.
         FileNotFoundError: if the data set is not there.
         FileExistsError: if the folder has files but is not that of a run.
+        ImportError: if TensorBoard's logs are asked for and the package is not installed.
     """
+    if tensorboard:
+        _check_tensorboard()
     runs.open_folder(recipe, folder)
     if (folder / "summary.json").is_file():
         return runs.summary_of(folder)
@@ -247,16 +250,17 @@ def _run_stage(
         examples = calibration.take(math.ceil(_CALIBRATION_EXAMPLES / min(recipe.batch_size, 128)))
         models.calibrate_thresholds(before, examples.as_numpy_iterator(), recipe.hybrid_percentile)
         model.set_weights(before.get_weights())
+        models.calibrate_normalization(model, examples.as_numpy_iterator())
         state["calibrated"] = _accuracy(model, loaded, loaded.validation)
         state["best"] = [0, -1.0]
     if not state["rows"]:
         state["initial_thresholds"] = firing.thresholds(model)
 
     callbacks: list[keras.callbacks.Callback] = [CheckFinite()]
-    last = plan is not None and plan.number == len(_plans(recipe)) - 1
+    last = plan.number == len(_plans(recipe)) - 1
     callbacks.append(_Keeper(folder, plan, state, keep_best=last and recipe.selection == "best"))
     if tensorboard:
-        callbacks.append(_tensorboard(folder / "tensorboard" / plan.name))
+        callbacks.append(keras.callbacks.TensorBoard(folder / "tensorboard" / plan.name, write_graph=False))
     if done < plan.epochs:
         batches = loaded.training_batches(
             recipe.batch_size,
@@ -286,7 +290,7 @@ def _run_stage(
     return model
 
 
-def _tensorboard(folder: Path) -> keras.callbacks.Callback:
+def _check_tensorboard() -> None:
     try:
         import tensorboard  # noqa: F401 - the callback fails late and unclearly without it
     except ImportError as error:
@@ -294,7 +298,6 @@ def _tensorboard(folder: Path) -> keras.callbacks.Callback:
             "TensorBoard's logs need the package tensorboard. Install it with: pip install 'keras-dsr[tensorboard]', "
             "or train without --tensorboard."
         ) from error
-    return keras.callbacks.TensorBoard(folder, write_graph=False)
 
 
 def _accuracy(model: keras.Model, loaded: DataSet, part: Part) -> float | None:

@@ -51,6 +51,8 @@ def _run(
     probe = keras.Model(model.inputs, outputs)
     size = None
     for batch in _batches(x, batch_size):
+        if not len(batch):
+            continue
         size = size or len(batch)
         # A last batch that is short is filled up, so that the model compiles for one shape.
         filled = np.concatenate([batch, np.repeat(batch[-1:], max(size - len(batch), 0), axis=0)])

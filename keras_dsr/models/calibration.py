@@ -1,15 +1,16 @@
-"""Thresholds from activations: the step between a trained representation network and its spiking form."""
+"""The step between a trained representation network and its spiking form: thresholds, and normalization statistics."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import keras
 import numpy as np
+from keras import ops
 
-from keras_dsr.layers import SpikingNeuron
+from keras_dsr.layers import BatchNormalization, SpikingNeuron
 from keras_dsr.layers.neurons import neurons_of
 
 
@@ -87,19 +88,13 @@ def calibrate_thresholds(
     probe = keras.Model(model.inputs, inputs)
 
     quantiles = {layer.name: _Quantile() for layer in layers}
-    seen = 0
-    for batch in batches:
-        x = batch[0] if isinstance(batch, (list, tuple)) else batch
-        outputs = probe.predict_on_batch(np.asarray(x))
+    for _, outputs in _outputs(probe, batches):
         for layer in layers:
             values = np.asarray(outputs[layer.name], dtype="float32")
             if not np.isfinite(values).all():
                 raise ValueError(f"The activations that {layer.name!r} receives are not all finite numbers.")
             # What the neuron would make of them with no upper limit, in the unit of its threshold.
             quantiles[layer.name].add(np.asarray(layer.coding.clamp(values, 1e30)) / layer.coding.bound(1.0))
-        seen += len(x)
-    if not seen:
-        raise ValueError("There is nothing to calibrate on: received no batches.")
 
     changed = {}
     for layer in layers:
@@ -109,3 +104,66 @@ def calibrate_thresholds(
         layer.threshold.assign(after)
         changed[layer.name] = (before, after)
     return changed
+
+
+def calibrate_normalization(model: keras.Model, batches: Iterable[Any]) -> None:
+    """Gives batch normalization the statistics of a spiking network, without changing what the network computes.
+
+    Between neurons, variance is pooled over batch and time (Eq. 31), and spikes vary over time far more than what they
+    stand for varies over the batch. A representation network knows only the latter, so that its weights, used with
+    spikes, are right in inference but divided by quite another variance in the first update of training. Here each
+    layer's moving mean mu and variance v become those of the simulation, and gamma and beta are changed so that
+    gamma (x - mu) / sqrt(v + eps) + beta stays the same function of x.
+
+    Args:
+        model: A functional or Sequential model with time steps and the weights of its representation network.
+        batches: Batches of inputs, or of (inputs, labels); passed over once, in bounded memory.
+
+    Raises:
+        ValueError: if the batches are empty, or a layer has no scale or center to change.
+    """
+    layers = [layer for layer in model.layers if isinstance(layer, BatchNormalization)]
+    layers = [layer for layer in layers if layer.input[0].shape[1] != 0]
+    moments: dict[str, Any] = {}
+    for layer in layers:
+        if not (layer.scale and layer.center):
+            raise ValueError(
+                "Statistics can be changed only where scale and center make up for it. BatchNormalization "
+                f"{layer.name!r} has scale={layer.scale}, center={layer.center}."
+            )
+        values = ops.cast(layer.input[0], "float32")
+        axes = [axis for axis in range(len(values.shape)) if axis != layer.axis % (len(values.shape) - 1) + 1]
+        moments[f"{layer.name}/mean"] = ops.mean(values, axis=axes)
+        moments[f"{layer.name}/square"] = ops.mean(ops.square(values), axis=axes)
+    if not layers:
+        return
+    totals = dict.fromkeys(moments, 0.0)
+    seen = 0
+    for count, outputs in _outputs(keras.Model(model.inputs, moments), batches):
+        for name in totals:
+            totals[name] = totals[name] + count * np.asarray(outputs[name], dtype="float64")
+        seen += count
+    for layer in layers:
+        mean = totals[f"{layer.name}/mean"] / seen
+        variance = np.maximum(totals[f"{layer.name}/square"] / seen - mean**2, 0.0)
+        gamma, beta, old_mean, old_variance = (
+            np.asarray(weight.value, dtype="float64")
+            for weight in (layer.gamma, layer.beta, layer.moving_mean, layer.moving_variance)
+        )
+        slope = gamma / np.sqrt(old_variance + layer.epsilon)
+        layer.gamma.assign(slope * np.sqrt(variance + layer.epsilon))
+        layer.beta.assign(beta + slope * (mean - old_mean))
+        layer.moving_mean.assign(mean)
+        layer.moving_variance.assign(variance)
+
+
+def _outputs(probe: keras.Model, batches: Iterable[Any]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """For each batch its size and what the model puts out; a ValueError if there is none."""
+    seen = 0
+    for batch in batches:
+        x = np.asarray(batch[0] if isinstance(batch, (list, tuple)) else batch)
+        if len(x):
+            seen += len(x)
+            yield len(x), probe.predict_on_batch(x)
+    if not seen:
+        raise ValueError("There is nothing to calibrate on: received no batches.")

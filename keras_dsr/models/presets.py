@@ -1,8 +1,8 @@
 """Trained weights: packed with a card that says where they come from, and checked as they are loaded.
 
 A preset is three files: `NAME.json`, the card; `NAME.npz`, the weights, whose sha256 the card states; `NAME.csv`, the
-history of the training. Those that come with the package need no network. `keras-dsr pack RUN CARD` makes one of a run of
-your own, which the networks of `keras_dsr.models` take by the path of its card.
+history of the training. Those that come with the package need no network. `keras-dsr pack RUN CARD` makes one of a run
+of your own, which the networks of `keras_dsr.models` take by the path of its card.
 """
 
 from __future__ import annotations
