@@ -191,6 +191,24 @@ def environment() -> dict[str, Any]:
     }
 
 
+def check_environment(folder: Path) -> None:
+    """Writes down where a run is made, as it begins; later, makes sure that it goes on with the same backend.
+
+    Raises:
+        ValueError: if the run was begun with another Keras backend, whose sums are rounded in another order.
+    """
+    path = folder / "environment.json"
+    if not path.is_file():
+        write(path, json_text(environment()))
+        return
+    before = json.loads(path.read_text())["backend"]
+    if before != keras.backend.backend():
+        raise ValueError(
+            f"{folder} was begun with the Keras backend {before!r} and goes on to the same weights only with it. "
+            f"Received {keras.backend.backend()!r}; set KERAS_BACKEND={before}."
+        )
+
+
 def _git_commit() -> str | None:
     """The commit of the checkout that the package runs from, "-dirty" behind it if files changed since."""
     source = Path(keras_dsr.__file__).parent

@@ -177,8 +177,9 @@ def train(
     if (folder / "summary.json").is_file():
         return runs.summary_of(folder)
     loaded = _load(recipe, data_dir, download)
-    if not (folder / "environment.json").is_file():
-        runs.write(folder / "environment.json", runs.json_text(runs.environment()))
+    if not len(loaded.test):
+        raise ValueError(f"{recipe.data!r} has no test part, which the result is measured on.")
+    runs.check_environment(folder)
     state: dict[str, Any] = {"rows": [], "stage": -1, "epoch": 0, "best": [0, -1.0], "calibrated": None}
     if (folder / "checkpoint.npz").is_file():
         state = checkpoints.progress(folder / "checkpoint.npz")

@@ -13,6 +13,7 @@ import pytest
 
 # Reference numbers and real data that developers of the project keep beside it.
 SHARED = Path(os.environ.get("KERAS_DSR_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+DATA = Path(__file__).parent / "data"
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +54,9 @@ def pytest_collection_modifyitems(items):
     if keras.backend.backend() == "tensorflow":
         return
     skip = pytest.mark.skip(reason="needs the TensorFlow backend")
+    same = pytest.mark.skip(reason="data pipelines do not depend on the Keras backend; tested with TensorFlow's")
     for item in items:
         if "tensorflow_only" in item.keywords:
             item.add_marker(skip)
+        elif DATA in item.path.parents:
+            item.add_marker(same)

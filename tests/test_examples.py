@@ -12,11 +12,21 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
+# What the scripts of the paper's experiments need beside their names: the smallest of what they do.
+SMALL = ("--smoke", "--set", "epochs=1", "--set", "timesteps=2")
+ARGUMENTS = {
+    "figure3.py": ("a", *SMALL, "--recipes", "cifar10-if-n10", "cifar10-if-n5"),
+    "table2.py": (*SMALL, "--recipes", "cifar10-lif", "dvs-cifar10-if"),
+    "table3.py": (*SMALL, "--recipes", "cifar10-if-no-firing", "cifar10-if-fixed"),
+    "table7.py": (*SMALL, "--recipes", "cifar10-if-4bit"),
+}
+
+
 @pytest.mark.tensorflow_only
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
 def test_examples(name, tmp_path):
     done = subprocess.run(
-        [sys.executable, EXAMPLES / name],
+        [sys.executable, EXAMPLES / name, *ARGUMENTS.get(name, ())],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -25,3 +35,8 @@ def test_examples(name, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout
+    if name in ARGUMENTS:
+        (results,) = tmp_path.glob("runs/*/results.md")
+        assert results.read_text().count("\n| cifar10") + results.read_text().count("\n| dvs") == len(
+            ARGUMENTS[name][ARGUMENTS[name].index("--recipes") + 1 :]
+        )

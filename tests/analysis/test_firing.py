@@ -31,11 +31,60 @@ def test_spike_trains_are_the_nonzero_outputs(model, x):
         np.testing.assert_array_equal(train, expected[name] != 0)
 
 
+def counted(model, x):
+    """Spikes per neuron and time step, of each layer, from the raw spikes."""
+    return {name: np.count_nonzero(values) / values.size for name, values in helpers.spike_trains(model, x).items()}
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 10, 64])
-def test_firing_rates_do_not_depend_on_the_batch_size(model, x, batch_size):
+def test_firing_rates_are_counts_whatever_the_batch_size(model, x, batch_size):
     rates = firing.firing_rates(model, x, batch_size)
-    for name, values in helpers.spike_trains(model, x).items():
-        assert rates[name] == pytest.approx(np.mean(values != 0), abs=1e-12)
+    assert list(rates) == ["neuron1", "neuron2", "head_neuron"]
+    assert rates == pytest.approx(counted(model, x), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        lambda x: iter([x[:4], x[4:8], x[8:]]),
+        lambda x: ((x[start : start + 4], np.zeros(4)) for start in (0, 4, 8)),
+        lambda x: [keras.ops.convert_to_tensor(x[:3]), keras.ops.convert_to_tensor(x[3:])],
+        lambda x: [x[:4], x[:0], x[4:]],
+    ],
+    ids=["iterator", "with_labels", "growing", "one_empty"],
+)
+def test_batches_count_as_the_array_does(model, x, batches):
+    assert firing.firing_rates(model, batches(x)) == pytest.approx(counted(model, x), abs=1e-12)
+    trains, whole = firing.spike_trains(model, batches(x)), firing.spike_trains(model, x)
+    for name, train in whole.items():
+        np.testing.assert_array_equal(trains[name], train)
+
+
+@pytest.mark.tensorflow_only
+def test_a_pipelines_batches_count_as_the_array_does(model, x):
+    import tensorflow as tf
+
+    batches = tf.data.Dataset.from_tensor_slices((x, np.zeros(10))).batch(4)
+    assert firing.firing_rates(model, batches) == pytest.approx(counted(model, x), abs=1e-12)
+    assert firing.firing_rates(model, batches.as_numpy_iterator()) == pytest.approx(counted(model, x), abs=1e-12)
+
+
+def test_rates_are_means_over_all_samples_not_over_batches(model, x):
+    """A last batch that is short counts for less, and what fills it up for nothing."""
+    loud = np.concatenate([x[:8], 50 * np.abs(x[8:])])
+    assert firing.firing_rates(model, loud, batch_size=8) == pytest.approx(counted(model, loud), abs=1e-12)
+
+
+def test_frames_of_leaky_neurons():
+    neurons = layers.LIFSpike(threshold=0.3, name="neurons")
+    inputs = keras.Input((3, 2, 2, 2))
+    stream = layers.ToStream(coding=neurons.coding)(inputs)
+    stream = layers.Synapse(keras.layers.Flatten())(stream)
+    model = keras.Model(inputs, layers.SpikeRep()(neurons(stream)))
+    frames = np.random.default_rng(0).poisson(1.0, (5, 3, 2, 2, 2)).astype("float32")
+    rates = firing.firing_rates(model, frames, batch_size=2)
+    assert rates == pytest.approx(counted(model, frames), abs=1e-12)
+    assert 0 < rates["neurons"] < 1
 
 
 def test_thresholds_are_those_of_the_layers(model):
@@ -52,8 +101,9 @@ def test_a_model_without_spikes_is_refused(model, x):
 
 
 def test_no_samples_are_refused(model, x):
-    with pytest.raises(ValueError, match="received no samples"):
-        firing.firing_rates(model, x[:0])
+    for nothing in (x[:0], [], iter([]), [x[:0]]):
+        with pytest.raises(ValueError, match="received no samples"):
+            firing.firing_rates(model, nothing)
 
 
 def test_neurons_within_sub_models_are_found_or_refused(model, x):
