@@ -235,5 +235,5 @@ def test_a_run_goes_on_with_the_backend_it_was_begun_with(tmp_path):
     runs.check_environment(tmp_path)
     assert path.read_text() == begun
     path.write_text(begun.replace(f'"backend": "{keras.backend.backend()}"', '"backend": "another"'))
-    with pytest.raises(ValueError, match="begun with the Keras backend 'another'.*set KERAS_BACKEND=another"):
+    with pytest.raises(ValueError, match=r"begun with the Keras backend 'another'.*set KERAS_BACKEND=another"):
         runs.check_environment(tmp_path)
