@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import os
 import random
 import subprocess
@@ -71,6 +72,21 @@ def history(folder: Path) -> list[dict[str, str]]:
         return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
 
 
+def kept(folder: Path) -> int:
+    """How many epochs a run would not have to train again."""
+    from keras_dsr import checkpoints
+
+    path = folder / "checkpoint.npz"
+    return len(checkpoints.progress(path)["rows"]) if path.is_file() else 0
+
+
+def result(folder: Path) -> dict:
+    """A run's summary, without what a clock said."""
+    summary = json.loads((folder / "summary.json").read_text())
+    stages = [{name: value for name, value in stage.items() if name != "seconds"} for stage in summary["stages"]]
+    return {name: value for name, value in summary.items() if "seconds" not in name} | {"stages": stages}
+
+
 def weights(folder: Path) -> list[bytes]:
     """Every weight of a run's model, as bytes."""
     import keras
@@ -97,11 +113,11 @@ def main() -> None:
         finished = False
         while not finished:
             # Anywhere in a run: as it starts, between epochs, in the midst of one, as a file is written.
-            after = moments.uniform(0.35, 1.0) * seconds if kills < options.kills else None
+            after = moments.uniform(0.05, 1.0) * seconds if kills < options.kills else None
             finished, lasted = run(broken, backend, after)
             if not finished:
                 kills += 1
-                epochs = len(history(broken)) if (broken / "history.csv").is_file() else 0
+                epochs = kept(broken)
                 resumes_at.append(epochs)
                 print(f"kill {kills} after {lasted:.1f} s: {epochs} epochs kept")
             elif kills < options.kills:
@@ -112,7 +128,9 @@ def main() -> None:
                 finished = False
         compare(unbroken, broken)
     results = {"kills": kills, "epochs_kept_at_each": resumes_at, "unbroken_s": seconds, "machine": machine()}
-    said = f"{kills} SIGKILLs at random moments; epochs kept at each: {resumes_at}; weights and history equal.\n"
+    said = (
+        f"{kills} SIGKILLs at random moments; epochs kept at each: {resumes_at}; weights, history and summary equal.\n"
+    )
     write(f"kill_and_resume_{backend}", results, said)
     print(said, end="")
 
@@ -123,6 +141,8 @@ def compare(unbroken: Path, broken: Path) -> None:
         raise SystemExit("the histories differ")
     if weights(unbroken) != weights(broken):
         raise SystemExit("the weights differ")
+    if result(unbroken) != result(broken):
+        raise SystemExit("the summaries differ")
 
 
 if __name__ == "__main__":

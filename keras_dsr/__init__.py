@@ -2,12 +2,13 @@
 
 - `keras_dsr.layers`: `IFSpike`, `LIFSpike`, `SpikeRep`, `Synapse`, `BatchNormalization`, `Add`, `Dropout`, `ToStream`,
   `ToTensor`
-- `keras_dsr.models`: `preact_resnet`, `vgg`, `small_cnn`, and `with_timesteps`, which changes a model's number of steps
+- `keras_dsr.models`: `preact_resnet`, `vgg`, `small_cnn`; `with_timesteps`, which changes a model's number of steps;
+  `calibrate_thresholds` and `calibrate_normalization`, which make a trained ANN ready for spikes
 - `keras_dsr.RateCoding`, `keras_dsr.WeightedRateCoding`: what a train of spikes stands for
 - `keras_dsr.Stream`: what travels between layers
 - `keras_dsr.callbacks`: `CheckFinite`
 - `keras_dsr.optimizers`: `SGD`, with the paper's weight decay
-- the command line, `keras-dsr`: `train`, `resume`, `evaluate`, `recipes`, `compare`
+- the command line, `keras-dsr`: `train`, `resume`, `evaluate`, `recipes`, `pack`, `compare`
 
 Reference: Meng et al., "Training High-Performance Low-Latency Spiking Neural Networks by Differentiation on Spike
 Representation", CVPR 2022.

@@ -103,6 +103,7 @@ def _resume(options: argparse.Namespace) -> None:
 
 
 def _run(recipe: Recipe, folder: Path, options: argparse.Namespace) -> None:
+    before = _written(folder)
     try:
         summary = training.train(
             recipe,
@@ -113,7 +114,7 @@ def _run(recipe: Recipe, folder: Path, options: argparse.Namespace) -> None:
             verbose="auto" if options.verbose is None else options.verbose,
         )
     except BaseException:
-        if (folder / "checkpoint.npz").exists():
+        if _written(folder) != before:
             print(f"keras-dsr: stopped; go on with: keras-dsr resume {folder}", file=sys.stderr)
         raise
     _report(summary, folder)
@@ -121,6 +122,12 @@ def _run(recipe: Recipe, folder: Path, options: argparse.Namespace) -> None:
     console = Console()
     console.print(f"Written to {folder}: {', '.join(files)}. Look at it again with", soft_wrap=True)
     console.print(f"  keras-dsr evaluate {folder}", soft_wrap=True)
+
+
+def _written(folder: Path) -> float:
+    """When the folder's last checkpoint was written; 0 if there is none."""
+    path = folder / "checkpoint.npz"
+    return path.stat().st_mtime if path.exists() else 0.0
 
 
 def _evaluate(options: argparse.Namespace) -> None:

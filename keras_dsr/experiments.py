@@ -13,7 +13,7 @@ import dataclasses
 import gc
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import keras
@@ -58,7 +58,8 @@ def smoke(recipe: Recipe) -> Recipe:
     """A small form of a recipe that trains within seconds on the embedded digits, with the same kind of neurons.
 
     What stays: neuron, thresholds, alpha, bits, number of time steps. What changes: data, network, epochs, batch size,
-    and the settings that go with them. The depth stays where a PreAct-ResNet's is other than 18, with few time steps.
+    and the settings that go with them. Where a PreAct-ResNet's depth is other than 18 it stays, with 2 time steps and
+    thresholds of 1; a VGG becomes the small one with 8 time steps at most.
     """
     events = recipe.network == "vgg"
     deep = recipe.network == "preact_resnet" and recipe.depth != 18
@@ -95,6 +96,7 @@ def run(
     data_dir: Path | None = None,
     download: bool = False,
     verbose: int | str = 0,
+    after_each: Callable[[list[Row]], None] | None = None,
 ) -> list[Row]:
     """Trains recipes, each with several seeds, and gathers what came out.
 
@@ -105,6 +107,7 @@ def run(
         data_dir: Where the data sets are, see `keras_dsr.data.load`.
         download: Whether to download a data set that is not there.
         verbose: As in `keras.Model.fit`.
+        after_each: Called with the rows so far whenever a recipe is finished.
 
     Returns:
         A row for each recipe.
@@ -116,7 +119,10 @@ def run(
         raise ValueError(f"An experiment has 1 or more seeds. Received seeds={seeds!r}.")
     if len({recipe.name for recipe in chosen}) != len(chosen):
         raise ValueError(f"Recipes are told apart by name. Received {[recipe.name for recipe in chosen]}.")
-    rows = []
+    # Each data set once, ahead of days of training: one that is missing is known now.
+    for one in {(each.data, each.timesteps, each.validation): each for each in chosen}.values():
+        training.load(one, data_dir=data_dir, download=download)
+    rows: list[Row] = []
     for recipe in chosen:
         summaries = []
         for seed in range(recipe.seed, recipe.seed + seeds):
@@ -135,6 +141,8 @@ def run(
                 recipes.REPORTED.get(recipe.name) if recipes.RECIPES.get(recipe.name) == recipe else None,
             )
         )
+        if after_each is not None:
+            after_each(rows)
     return rows
 
 
@@ -218,10 +226,16 @@ def main(group: str, title: str, smoke_names: Sequence[str] = (), arguments: Seq
     try:
         names = options.recipes or (smoke_names if options.smoke else [])
         chosen = select(group, recipes.parse_settings(options.set), names, options.smoke)
+        heading = f"{title} (small form on the digits)" if options.smoke else title
         rows = run(
-            chosen, folder, seeds=options.seeds, data_dir=options.data_dir, download=options.download, verbose=verbose
+            chosen,
+            folder,
+            seeds=options.seeds,
+            data_dir=options.data_dir,
+            download=options.download,
+            verbose=verbose,
+            after_each=lambda finished: write(finished, folder, heading),
         )
-        write(rows, folder, f"{title} (small form on the digits)" if options.smoke else title)
     except (ValueError, OSError, ImportError) as error:
         print(f"{group}: {error}", file=sys.stderr)
         return 1

@@ -14,6 +14,8 @@ class SGD(keras.optimizers.SGD):
     """SGD with momentum and coupled weight decay, as PyTorch has it.
 
     g <- g + weight_decay w for every trainable weight, thresholds, biases and normalization included; then stock SGD.
+    (Under a schedule Keras multiplies the gradient by the rate as it enters the velocity, PyTorch the velocity as it is
+    applied: the two agree while the rate does not change.)
     Keras's own `weight_decay` shrinks weights past the momentum (w <- w - learning_rate weight_decay w), which with a
     momentum of 0.9 is a tenth as strong; this one is what "weight decay 5e-4" means in the paper. Neurons should then
     have `threshold_l2=0`, or their thresholds decay twice.

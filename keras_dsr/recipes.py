@@ -60,6 +60,9 @@ class Recipe:
         warmup_steps: Updates over which the learning rate rises from 0; at most a fifth of all.
         augmentation: Random changes to training inputs, see `keras_dsr.data.augmentation.Augmentation`.
         padding: Pixels that the augmentation "crop" pads.
+        cutout: Side of the square that the augmentation "cutout" blanks, in pixels.
+        size: Height and width of the inputs, for folders of images and for event frames; none for the data set's own.
+        slicing: Event frames of equal "number" of events or of equal "time".
         validation: How many training images are set aside for validation, or which part of the recordings, 0 for none;
             `None` for the data set's default.
         train_examples: How many training examples are used, with equal parts of each class; `None` for all.
@@ -103,6 +106,9 @@ class Recipe:
     warmup_steps: int = 400
     augmentation: tuple[str, ...] = ("crop", "flip")
     padding: int = 4
+    cutout: int = 16
+    size: tuple[int, ...] = ()
+    slicing: str = "number"
     validation: float | None = None
     train_examples: int | None = None
     selection: str = "best"
@@ -116,6 +122,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.validation is not None and not self.validation >= 0:
             raise ValueError(f"validation must be 0 or more, or None. Received validation={self.validation!r}.")
+        if len(self.size) not in (0, 2):
+            raise ValueError(f"size is height and width, such as 32,32. Received size={self.size!r}.")
         if self.validation == 0 and self.selection == "best":
             raise ValueError(
                 "The best epoch is chosen on validation examples. Received validation=0, selection='best'; set "
@@ -127,7 +135,8 @@ class Recipe:
             ("batch_size", 1),
             ("timesteps", 0),
             ("warmup_steps", 0),
-            ("padding", 0),
+            ("padding", 1),
+            ("cutout", 1),
             ("momentum", 0),
             ("weight_decay", 0),
             ("hybrid_weight_decay", 0),
@@ -230,10 +239,12 @@ class Recipe:
         if not isinstance(settings, dict):
             raise ValueError(f"A recipe is a JSON object of settings. Received {settings!r}.")
         kinds = typing.get_type_hints(cls)
-        if settings.keys() != kinds.keys():
+        # What a recipe of an earlier version lacks has its default.
+        needed = {field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING}
+        if not needed <= settings.keys() <= kinds.keys():
             raise ValueError(
                 f"A recipe has the settings {sorted(kinds)}. "
-                f"Missing: {sorted(kinds.keys() - settings)}. Unknown: {sorted(settings.keys() - kinds)}."
+                f"Missing: {sorted(needed - settings.keys())}. Unknown: {sorted(settings.keys() - kinds)}."
             )
         return cls(**{name: _typed(name, value, kinds[name]) for name, value in settings.items()})
 

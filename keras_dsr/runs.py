@@ -13,10 +13,12 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import re
+import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,11 @@ import keras
 import keras_dsr
 from keras_dsr.files import replacing
 from keras_dsr.recipes import Recipe
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 # What `replacing` leaves of a process that was killed as it wrote.
 _LEFT_OVER = re.compile(r"\.\d+-.+\.(json|npz|csv|png|keras)")
@@ -106,13 +113,32 @@ def new_folder(recipe: Recipe, parent: Path) -> Path:
 
 
 def discard(folder: Path) -> None:
-    """Removes a run folder in which no epoch came to its end."""
-    if (folder / "checkpoint.npz").is_file():
+    """Removes a run folder in which no epoch came to its end, with all that is in it."""
+    if not (folder / "checkpoint.npz").is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes of this machine from training in the same folder; a killed process lets go of it.
+
+    Raises:
+        BlockingIOError: if another process is training in it.
+    """
+    if fcntl is None:  # not on this system
+        yield
         return
-    for name in ("recipe.json", "environment.json"):
-        (folder / name).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # there is something else in it
-        folder.rmdir()
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(
+                f"{folder} is being trained in by another process. Wait for it, or name another folder."
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def open_folder(recipe: Recipe, folder: Path) -> None:
@@ -126,7 +152,7 @@ def open_folder(recipe: Recipe, folder: Path) -> None:
     path = folder / "recipe.json"
     if path.is_file():
         before = recipe_of(folder)
-        if before != recipe:
+        if dataclasses.replace(before, summary=recipe.summary) != recipe:
             raise ValueError(
                 f"{folder} is the run of another recipe. Expected {_differences(before, recipe)}. Name another folder, "
                 "or go on with the settings that it has: keras-dsr resume."

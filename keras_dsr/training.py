@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import re
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from keras_dsr.runs import Stage, Summary
 
 # Enough: each gives thousands of activations to most layers, and as many as there are classes to the last.
 _CALIBRATION_EXAMPLES = 2048
-# Spike trains are a hundred times the size of their input; rates need no more examples than this.
+# Spike trains are a hundred times the size of their input; rates need no more test examples than this, drawn at random.
 _RATE_EXAMPLES = 2000
 # Compiling the representation network by XLA takes seconds and then saves a fifth of each step on a CPU.
 _STEPS_WORTH_COMPILING = 1000
@@ -169,41 +170,77 @@ def train(
             with other settings.
         FileNotFoundError: if the data set is not there.
         FileExistsError: if the folder has files but is not that of a run.
+        BlockingIOError: if another process is training in the folder.
         ImportError: if TensorBoard's logs are asked for and the package is not installed.
     """
     if tensorboard:
         _check_tensorboard()
-    runs.open_folder(recipe, folder)
-    if (folder / "summary.json").is_file():
-        return runs.summary_of(folder)
-    loaded = _load(recipe, data_dir, download)
-    if not len(loaded.test):
-        raise ValueError(f"{recipe.data!r} has no test part, which the result is measured on.")
-    runs.check_environment(folder)
-    state: dict[str, Any] = {"rows": [], "stage": -1, "epoch": 0, "best": [0, -1.0], "calibrated": None}
-    if (folder / "checkpoint.npz").is_file():
-        state = checkpoints.progress(folder / "checkpoint.npz")
+    augmentation = Augmentation(recipe.augmentation, padding=recipe.padding, cutout=recipe.cutout)
+    if tensorboard:
+        _check_tensorboard()
+    folder.mkdir(parents=True, exist_ok=True)
+    with runs.locked(folder):
+        runs.open_folder(recipe, folder)
+        if (folder / "summary.json").is_file():
+            return runs.summary_of(folder)
+        loaded = load(recipe, data_dir=data_dir, download=download)
+        runs.check_environment(folder)
+        state: dict[str, Any] = {"rows": [], "stage": -1, "epoch": 0, "best": [0, -1.0], "calibrated": None}
+        if (folder / "checkpoint.npz").is_file():
+            state = checkpoints.progress(folder / "checkpoint.npz")
 
-    model = None
-    for plan in _plans(recipe):
-        if plan.number < state["stage"]:
-            continue
-        model = _run_stage(recipe, plan, folder, loaded, state, model, tensorboard, verbose)
-    return _finish(recipe, folder, loaded, state, model)
+        model = None
+        for plan in _plans(recipe):
+            if plan.number < state["stage"]:
+                continue
+            weights = None if model is None else _calibrated(model, recipe, loaded)
+            model = None  # its memory is for the next stage
+            model = _run_stage(recipe, plan, folder, loaded, augmentation, state, weights, tensorboard, verbose)
+        return _finish(recipe, folder, loaded, state, model)
 
 
-def _load(recipe: Recipe, data_dir: Path | None, download: bool = False) -> DataSet:
-    """The recipe's data set."""
+def load(recipe: Recipe, *, data_dir: Path | None = None, download: bool = False) -> DataSet:
+    """The data set of a recipe, as `train` uses it.
+
+    Args:
+        recipe: The recipe.
+        data_dir: Where the data set is, see `keras_dsr.data.load`.
+        download: Whether to download the data set if it is not there.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        ValueError: if it does not fit the recipe: it has no test part, or no validation part to choose an epoch by.
+    """
     number = recipe.validation
     loaded = data.load(
         recipe.data,
         data_dir=data_dir,
         timesteps=recipe.timesteps or None,
+        size=recipe.size or None,
+        slicing=recipe.slicing,
         # At 1 and above it is a number of examples.
-        validation=number if number is None or number < 1 else int(number),
+        validation=int(number) if number is not None and number >= 1 and number == int(number) else number,
         download=download,
     )
+    if not len(loaded.test):
+        raise ValueError(f"{recipe.data!r} has no test part, which the result is measured on.")
+    if recipe.selection == "best" and not len(loaded.validation):
+        raise ValueError(
+            f"The best epoch is chosen on validation examples, and {recipe.data!r} has none with "
+            f"validation={recipe.validation!r}. Set selection='last', or validation higher."
+        )
     return loaded if recipe.train_examples is None else loaded.with_training_examples(recipe.train_examples)
+
+
+def _calibrated(model: keras.Model, recipe: Recipe, loaded: DataSet) -> list[np.ndarray]:
+    """Weights of a trained representation network, made ready for spikes."""
+    size = min(recipe.batch_size, 128)
+    examples = loaded.training_batches(size, seed=recipe.seed).take(math.ceil(_CALIBRATION_EXAMPLES / size))
+    models.calibrate_thresholds(model, examples.as_numpy_iterator(), recipe.hybrid_percentile)
+    spiking = recipe.build(loaded.classes, loaded.input_shape)
+    spiking.set_weights(model.get_weights())
+    models.calibrate_normalization(spiking, examples.as_numpy_iterator())
+    return spiking.get_weights()
 
 
 def _run_stage(
@@ -211,8 +248,9 @@ def _run_stage(
     plan: _Plan,
     folder: Path,
     loaded: DataSet,
+    augmentation: Augmentation,
     state: dict[str, Any],
-    before: keras.Model | None,
+    weights: list[np.ndarray] | None,
     tensorboard: bool,
     verbose: int | str,
 ) -> keras.Model:
@@ -223,8 +261,9 @@ def _run_stage(
         plan: The stage.
         folder: The run folder.
         loaded: The data set.
+        augmentation: Random changes to training inputs.
         state: How far the run came; goes on from there, and is changed.
-        before: The model of the stage before, if this process ran it.
+        weights: What the stage before came to, calibrated, if this process ran it.
         tensorboard: Whether to write TensorBoard's logs.
         verbose: As in `keras.Model.fit`.
     """
@@ -246,12 +285,8 @@ def _run_stage(
     if state["stage"] == plan.number:
         checkpoints.restore(folder / "checkpoint.npz", model)
         done = state["epoch"]
-    elif before is not None:
-        calibration = loaded.training_batches(min(recipe.batch_size, 128), seed=recipe.seed)
-        examples = calibration.take(math.ceil(_CALIBRATION_EXAMPLES / min(recipe.batch_size, 128)))
-        models.calibrate_thresholds(before, examples.as_numpy_iterator(), recipe.hybrid_percentile)
-        model.set_weights(before.get_weights())
-        models.calibrate_normalization(model, examples.as_numpy_iterator())
+    elif weights is not None:
+        model.set_weights(weights)
         state["calibrated"] = _accuracy(model, loaded, loaded.validation)
         state["best"] = [0, -1.0]
     if not state["rows"]:
@@ -266,7 +301,7 @@ def _run_stage(
         batches = loaded.training_batches(
             recipe.batch_size,
             seed=recipe.seed + 7919 * plan.number,
-            augmentation=Augmentation(recipe.augmentation, padding=recipe.padding),
+            augmentation=augmentation,
             epochs=plan.epochs,
             first_epoch=done,
         )
@@ -285,6 +320,8 @@ def _run_stage(
             # TensorFlow's own error class, with our message somewhere within.
             if found := re.search(not_finite("threshold of [^.]*?"), str(error)):
                 raise ValueError(found[0]) from error
+            if found := re.search(r"(?:ImageError|RecordingError): (.+)", str(error)):
+                raise ValueError(found[1]) from error
             raise
     if last and (folder / "best.npz").is_file():
         checkpoints.restore(folder / "best.npz", model)
@@ -322,7 +359,9 @@ def _finish(recipe: Recipe, folder: Path, loaded: DataSet, state: dict[str, Any]
         stages.append(Stage(plan.name, plan.timesteps, len(mine), seconds, chosen, calibrated))
     saved = None
     if len(stages) == 2 and stages[1].epochs:
-        saved = stages[0].epochs * stages[1].seconds / stages[1].epochs - stages[0].seconds
+        # By the median: the first epoch of a stage compiles.
+        typical = statistics.median(row["seconds"] for row in rows if row["stage"] == stages[1].name)
+        saved = stages[0].epochs * typical - stages[0].seconds
     summary = Summary(
         test_accuracy=_accuracy(model, loaded, loaded.test),
         test_examples=len(loaded.test),
@@ -344,7 +383,8 @@ def _finish(recipe: Recipe, folder: Path, loaded: DataSet, state: dict[str, Any]
 def _rates(model: keras.Model, recipe: Recipe, loaded: DataSet) -> dict[str, float]:
     if not recipe.timesteps:
         return {}
-    batches = loaded.batches(loaded.test, 64).take(math.ceil(_RATE_EXAMPLES / 64))
+    # In another order than that of the files, which may be class by class.
+    batches = loaded.batches(loaded.test, 64, seed=0).take(math.ceil(_RATE_EXAMPLES / 64))
     return firing.firing_rates(model, batches.as_numpy_iterator())
 
 
@@ -364,7 +404,7 @@ def evaluate(folder: Path, *, data_dir: Path | None = None) -> Summary:
     before = runs.summary_of(folder)
     recipe = runs.recipe_of(folder)
     model = keras.models.load_model(folder / "model.keras")
-    loaded = _load(recipe, data_dir)
+    loaded = load(recipe, data_dir=data_dir)
     return dataclasses.replace(
         before,
         test_accuracy=_accuracy(model, loaded, loaded.test),
@@ -392,7 +432,7 @@ def pack(folder: Path, path: Path, *, data_dir: Path | None = None, version: int
     summary, recipe = runs.summary_of(folder), runs.recipe_of(folder)
     if recipe.network == "small_cnn":
         raise ValueError("Presets are for preact_resnet and vgg. Received a run with network='small_cnn'.")
-    loaded = _load(recipe, data_dir)
+    loaded = load(recipe, data_dir=data_dir)
     neuron = recipe.neuron_layer().get_config()
     dropped = ("name", "trainable", "dtype", "timesteps", "loop")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -412,6 +452,8 @@ def pack(folder: Path, path: Path, *, data_dir: Path | None = None, version: int
         validation_accuracy=summary.validation_accuracy,
         firing_rates=summary.firing_rates,
         recipe=dataclasses.asdict(recipe),
+        weight_bits=recipe.weight_bits,
+        stem=recipe.stem,
         environment=json.loads((folder / "environment.json").read_text()),
     )
     model = keras.models.load_model(folder / "model.keras")

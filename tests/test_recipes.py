@@ -322,7 +322,7 @@ def test_words_become_settings():
         ({"batch_size": 0}, "batch_size must be 1 or more. Received batch_size=0"),
         ({"timesteps": -1}, "timesteps must be 0 or more. Received timesteps=-1"),
         ({"warmup_steps": -1}, "Received warmup_steps=-1"),
-        ({"padding": -1}, "padding must be 0 or more. Received padding=-1"),
+        ({"padding": -1}, "padding must be 1 or more. Received padding=-1"),
         ({"momentum": -0.1}, "Received momentum=-0.1"),
         ({"weight_decay": -1e-4}, "weight_decay must be 0 or more. Received weight_decay=-0.0001"),
         ({"weight_decay": math.nan}, "weight_decay must be 0 or more. Received weight_decay=nan"),
@@ -366,9 +366,9 @@ def test_neurons_out_of_range_are_refused_as_the_network_is_built():
 
 def test_a_recipe_file_with_other_settings_is_refused():
     settings = json.loads(DIGITS.to_json())
-    del settings["epochs"]
+    del settings["summary"]
     settings["epoch"] = 3
-    with pytest.raises(ValueError, match=r"Missing: \['epochs'\]\. Unknown: \['epoch'\]"):
+    with pytest.raises(ValueError, match=r"Missing: \['summary'\]\. Unknown: \['epoch'\]"):
         Recipe.from_json(json.dumps(settings))
 
 
@@ -400,3 +400,9 @@ def test_a_recipe_file_with_values_of_other_types_is_refused(field, value, messa
 def test_whole_numbers_may_stand_for_numbers_in_a_file():
     recipe = Recipe.from_json(json.dumps({**json.loads(DIGITS.to_json()), "threshold": 4, "momentum": 0}))
     assert (type(recipe.threshold), type(recipe.momentum)) == (float, float)
+
+
+def test_what_a_recipe_of_an_earlier_version_lacks_has_its_default():
+    settings = json.loads(recipes.get("cifar10-if-n5").to_json())
+    del settings["cutout"], settings["slicing"]
+    assert recipes.Recipe.from_json(json.dumps(settings)) == recipes.get("cifar10-if-n5")

@@ -237,3 +237,17 @@ def test_a_run_goes_on_with_the_backend_it_was_begun_with(tmp_path):
     path.write_text(begun.replace(f'"backend": "{keras.backend.backend()}"', '"backend": "another"'))
     with pytest.raises(ValueError, match=r"begun with the Keras backend 'another'.*set KERAS_BACKEND=another"):
         runs.check_environment(tmp_path)
+
+
+def test_a_folder_is_for_one_process_at_a_time(tmp_path):
+    refused = pytest.raises(BlockingIOError, match="being trained in by another process")
+    with runs.locked(tmp_path), refused, runs.locked(tmp_path):
+        pass
+    with runs.locked(tmp_path):
+        pass
+
+
+def test_a_reworded_summary_does_not_make_another_recipe(tmp_path):
+    recipe = recipes.get("digits")
+    runs.open_folder(recipe, tmp_path)
+    runs.open_folder(dataclasses.replace(recipe, summary="Said in other words"), tmp_path)

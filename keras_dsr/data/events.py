@@ -26,7 +26,7 @@ from keras_dsr.data.recordings import RecordingError
 from keras_dsr.data.saccades import Saccades
 
 # Of the frames on disk. Raised when readers, integration or resizing change what the same recordings give.
-_FORMAT = 1
+_FORMAT = 2
 
 # Part of each class that is for testing where a data set has no official test part.
 _TEST = 0.1

@@ -457,7 +457,10 @@ def _prepared(name: str, data_dir: str | Path | None, download: bool, how: str):
         data_dir = Path(data_dir).expanduser()
     builder = tfds.builder(name, data_dir=data_dir)
     if download:
-        builder.download_and_prepare()
+        try:
+            builder.download_and_prepare()
+        except AssertionError as error:  # archives that only their owner hands out
+            raise missing(name, [builder.data_dir], f"{how} tensorflow-datasets says: {error}") from error
     if not builder.is_prepared():
         raise missing(name, [builder.data_dir], how)
     return builder

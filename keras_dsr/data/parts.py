@@ -208,8 +208,8 @@ class DataSet:
         """
         if not isinstance(self.train, ArrayPart):
             raise ValueError(
-                f"Of {self.name!r} the training examples are read one after another, so that none can be chosen. Leave "
-                f"train_examples out. Received train_examples={count!r}."
+                f"A part of the training examples can be chosen only where they are in one array, and those of "
+                f"{self.name!r} are not. Leave train_examples out. Received train_examples={count!r}."
             )
         if count == len(self.train):
             return self
@@ -292,12 +292,14 @@ class DataSet:
             )
         return len(self.train) // batch_size
 
-    def batches(self, part: Part, batch_size: int) -> tf.data.Dataset:
+    def batches(self, part: Part, batch_size: int, seed: int | None = None) -> tf.data.Dataset:
         """Batches of a part as they are stored, for evaluation; the last may be smaller.
 
         Args:
             part: `validation`, `test`, or `train` without augmentation.
             batch_size: Examples in a batch.
+            seed: Decides another order, such that the first batches are a sample of all; `None` for the order in which
+                the examples are stored, often class by class.
 
         Returns:
             Pairs of standardised inputs (batch, ...), float32, and labels (batch,), int32.
@@ -311,7 +313,8 @@ class DataSet:
         def prepare(x: tf.Tensor, place: tf.Tensor) -> tf.Tensor:
             return Augmentation().each(x, tf.zeros([2], tf.int64), self.input_shape, self.resize)
 
-        batches = part.batches(batch_size, None if self.resize is None else prepare)
+        key = None if seed is None else tf.constant(seed, tf.int64)
+        batches = part.batches(batch_size, None if self.resize is None else prepare, key)
         return batches.map(self._finish, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
 
     def _finish(self, x: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

@@ -148,6 +148,8 @@ def read_aedat4(path: Path) -> np.ndarray:
             "AEDAT-4 recordings are read by the package aedat, which is not installed. Install it with: "
             "pip install aedat."
         ) from error
+    except (OSError, MemoryError):  # of the machine, not of the recording
+        raise
     except Exception as error:  # tonic raises no kind of its own
         raise RecordingError(f"the file cannot be read: {error}.") from error
     return _events(**dict(zip(_FIELDS, (events[name] for name in events.dtype.names), strict=True)))
@@ -271,7 +273,7 @@ def integrate(events: np.ndarray, timesteps: int, shape: Sequence[int], slicing:
     else:
         elapsed = events["t"] - events["t"].min()
         # The last event ends the last slice, which it would else fall behind.
-        step = np.minimum(elapsed * timesteps // max(elapsed.max(), 1), timesteps - 1).astype("i8")
+        step = np.minimum(elapsed * timesteps // (elapsed.max() or 1), timesteps - 1).astype("i8")
     place = np.ravel_multi_index((step, *(events[axis].astype(np.intp) for axis in axes)), (timesteps, *shape))
     return np.bincount(place, minlength=timesteps * int(np.prod(shape))).reshape(timesteps, *shape)
 

@@ -4,7 +4,8 @@ Forward, a kernel w is rounded to whole multiples of one step for each output ch
 
     q = round(w / step),  step = max|w| / (2^(bits - 1) - 1);  the layer computes with q step
 
-Backward, rounding is taken for the identity. The weight that trains and is saved stays float. Biases are not quantized.
+Backward, rounding is taken for the identity. The weight that trains and is saved stays float; biases do too. Under
+mixed precision the kernel that is rounded has half precision, which is coarser than the upper ones of 8 bits' levels.
 
 Reference: Meng et al., CVPR 2022, Table 7 (8 and 4 bits); Bengio et al., "Estimating or Propagating Gradients Through
 Stochastic Neurons for Conditional Computation", 2013, for the estimator.

@@ -54,8 +54,8 @@ def preact_resnet(
             stride 2.
         weight_bits: Bits of the weights of convolutions and dense layers, trained by straight-through estimation (the
             paper's Table 7 has 8 and 4); `None` for floats.
-        weights: Trained weights: the data set of a preset that comes with the package, such as "cifar10" for depth
-            20; or the path of a preset's card, see `keras_dsr.models.presets`. `None` for random ones.
+        weights: Trained weights: the data set of a preset that comes with the package (`keras_dsr.models.presets.names`
+            lists them), or the path of a preset's card. `None` for random ones.
         name: Name of the model.
 
     Returns:
@@ -77,7 +77,9 @@ def preact_resnet(
     if stem not in ("cifar", "imagenet"):
         raise ValueError(f"stem is 'cifar' or 'imagenet'. Received stem={stem!r}.")
     if weights is not None:
-        neuron, timesteps = presets.settings(f"preact_resnet{depth}", weights, neuron, timesteps, classes)
+        neuron, timesteps, weight_bits = presets.settings(
+            f"preact_resnet{depth}", weights, neuron, timesteps, classes, weight_bits, stem
+        )
     timesteps = 20 if timesteps is None else timesteps
     check_image_network(timesteps, input_shape)
     check_head(classes, dropout)

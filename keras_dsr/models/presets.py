@@ -21,6 +21,7 @@ import numpy as np
 
 from keras_dsr.files import replacing
 from keras_dsr.layers.neurons import SpikingNeuron
+from keras_dsr.models.common import NEURONS
 
 FOLDER = Path(__file__).parent / "weights"
 """Where the package keeps its presets, by names of the form NETWORK-DATA."""
@@ -47,6 +48,8 @@ class Card:
         firing_rates: Spikes per neuron and time step on test examples, for each neuron layer.
         recipe: All settings of the training.
         environment: Versions, machine and commit of the training.
+        weight_bits: Bits of a weight; `None` for floats.
+        stem: First layers of a PreAct-ResNet: "cifar" or "imagenet".
         sha256: Of the file of weights.
     """
 
@@ -66,14 +69,17 @@ class Card:
     firing_rates: dict[str, float]
     recipe: dict[str, Any]
     environment: dict[str, Any]
+    weight_bits: int | None = None
+    stem: str = "cifar"
     sha256: str = ""
 
     @property
     def builder(self) -> str:
         """The call that builds the network, but for the weights and the closing bracket."""
         name, depth = re.fullmatch(r"([a-z_]+?)(\d+)", self.network).groups()
-        classes = f", classes={len(self.classes)}" if len(self.classes) != 10 else ""
-        return f"keras_dsr.models.{name}(depth={depth}, neuron={self.neuron!r}{classes}, input_shape={self.input_shape}"
+        call = f"keras_dsr.models.{name}(depth={depth}, neuron={self.neuron!r}, classes={len(self.classes)}"
+        stem = f", stem={self.stem!r}" if self.stem != "cifar" else ""
+        return f"{call}, input_shape={self.input_shape}{stem}"
 
 
 def names(network: str = "") -> list[str]:
@@ -106,18 +112,26 @@ def card(network: str, weights: str | Path) -> tuple[Card, Path]:
             )
     elif not path.is_file():
         raise FileNotFoundError(f"There is no card at {path}. keras-dsr pack RUN CARD makes one.")
-    fields = json.loads(path.read_text())
-    lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-    found = Card(**{**fields, **lists})
+    try:
+        fields = json.loads(path.read_text())
+        found = Card(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not the card of a preset, or is damaged: {error}.") from error
     if found.network != network:
         raise ValueError(f"{path} has weights for {found.network}. Received a network {network}.")
     return found, path
 
 
 def settings(
-    network: str, weights: str | Path, neuron: str | SpikingNeuron, timesteps: int | None, classes: int
-) -> tuple[str | SpikingNeuron, int]:
-    """Neuron and number of time steps of a network that is to get a preset's weights.
+    network: str,
+    weights: str | Path,
+    neuron: str | SpikingNeuron,
+    timesteps: int | None,
+    classes: int,
+    weight_bits: int | None,
+    stem: str = "cifar",
+) -> tuple[str | SpikingNeuron, int, int | None]:
+    """Neuron, number of time steps and bits of a weight of a network that is to get a preset's weights.
 
     Args:
         network: Name and depth of the network.
@@ -125,21 +139,27 @@ def settings(
         neuron: What the network was asked to have; "if" and "lif" mean the preset's own neurons, if they are such.
         timesteps: What the network was asked to have; `None` means the preset's own number.
         classes: Number of classes of the network.
+        weight_bits: What the network was asked to have; `None` means the preset's own.
+        stem: First layers of the network.
 
     Raises:
-        ValueError: if the preset has other neurons or another number of classes.
+        ValueError: if the preset has other neurons, another number of classes, weights of other bits or another stem.
     """
-    from keras_dsr.models.common import NEURONS
-
     found, path = card(network, weights)
     asked = neuron if isinstance(neuron, str) else next((k for k, v in NEURONS.items() if type(neuron) is v), None)
     if asked != found.neuron:
         raise ValueError(f"{path.stem} was trained with {found.neuron!r} neurons. Received neuron={neuron!r}.")
     if classes != len(found.classes):
         raise ValueError(f"{path.stem} has {len(found.classes)} classes. Received classes={classes!r}.")
+    if weight_bits not in (None, found.weight_bits):
+        raise ValueError(
+            f"{path.stem} was trained with weight_bits={found.weight_bits}. Received weight_bits={weight_bits!r}."
+        )
+    if stem != found.stem:
+        raise ValueError(f"{path.stem} was trained with stem={found.stem!r}. Received stem={stem!r}.")
     if isinstance(neuron, str):
         neuron = NEURONS[neuron](**found.neuron_settings)
-    return neuron, found.timesteps if timesteps is None else timesteps
+    return neuron, found.timesteps if timesteps is None else timesteps, found.weight_bits
 
 
 def load(model: keras.Model, network: str, weights: str | Path) -> None:

@@ -66,7 +66,7 @@ def vgg(
     check_head(classes, dropout)
     if weights is not None:
         # The number of steps is that of the frames, whatever the weights were trained with.
-        neuron, _ = presets.settings(f"vgg{depth}", weights, neuron, timesteps, classes)
+        neuron, _, weight_bits = presets.settings(f"vgg{depth}", weights, neuron, timesteps, classes, weight_bits)
     build = Builder(neuron, None, weight_bits)
 
     inputs = keras.Input(input_shape, name="frames")

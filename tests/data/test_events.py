@@ -909,3 +909,16 @@ class TestBadInput:
         np.save(folder / file_name, np.zeros((10, 4), int))
         with pytest.raises(ValueError, match=message):
             events.load("dvs_gesture", timesteps=1, data_dir=tmp_path, validation=0)
+
+
+def test_slices_by_time_do_not_depend_on_the_unit_of_time():
+    fields = [("t", "f8"), ("x", "i8"), ("y", "i8"), ("p", "i8")]
+    events_ = np.zeros(100, fields)
+    events_["t"] = np.arange(100) * 0.003  # seconds, less than one in all
+    events_["x"] = np.arange(100) % 4
+    frames = recordings.integrate(events_, 10, (1, 4, 2), "time")
+    events_["t"] *= 2.0**20
+    np.testing.assert_array_equal(recordings.integrate(events_, 10, (1, 4, 2), "time"), frames)
+    counts = frames.sum(axis=(1, 2, 3))
+    assert counts.sum() == 100
+    assert 9 <= counts.min() <= counts.max() <= 11

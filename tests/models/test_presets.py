@@ -95,6 +95,27 @@ def test_a_residual_network_runs_with_the_steps_it_was_trained_with_unless_told_
     assert (steps(), steps(timesteps=5), steps(timesteps=0)) == (2, 5, 0)
 
 
+def test_weights_of_few_bits_come_with_their_bits(tmp_path):
+    model = models.vgg(5, layers.IFSpike(**NEURON), classes=4, input_shape=SHAPE, weight_bits=4)
+    path = tmp_path / "own.json"
+    presets.pack(model, about(weight_bits=4), "", path)
+    loaded = models.vgg(5, classes=4, input_shape=SHAPE, weights=path)
+    assert loaded.get_layer("head_dense_synapse").layer.bits == 4
+    x = np.random.default_rng(0).random((2, *SHAPE), dtype="float32")
+    np.testing.assert_array_equal(numpy(loaded(x)), numpy(model(x)))
+
+
+def test_another_stem_is_refused(tmp_path):
+    model = models.preact_resnet(20, timesteps=2, input_shape=(32, 32, 3), stem="imagenet")
+    path = tmp_path / "own.json"
+    card = about(network="preact_resnet20", classes=tuple("abcdefghij"), neuron_settings={}, stem="imagenet")
+    presets.pack(model, card, "", path)
+    assert card.builder.endswith("stem='imagenet'")
+    models.preact_resnet(20, weights=path, stem="imagenet")
+    with pytest.raises(ValueError, match="own was trained with stem='imagenet'"):
+        models.preact_resnet(20, weights=path)
+
+
 def damage(path):
     file = path.with_suffix(".npz")
     content = bytearray(file.read_bytes())
@@ -111,6 +132,9 @@ def damage(path):
         (None, {"neuron": "lif"}, ValueError, "own was trained with 'if' neurons. Received neuron='lif'"),
         (None, {"depth": 11, "input_shape": (3, 32, 32, 2)}, ValueError, "weights for vgg5. Received a network vgg11"),
         (None, {"input_shape": (3, 16, 16, 2)}, ValueError, "weights of other shapes"),
+        (None, {"weight_bits": 4}, ValueError, "own was trained with weight_bits=None. Received weight_bits=4"),
+        (lambda path: path.write_text("{"), {}, ValueError, r"own\.json is not the card of a preset, or is damaged"),
+        (lambda path: path.write_text('{"network": "vgg5"}'), {}, ValueError, r"own\.json is not the card"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(packed, spoil, arguments, error, message):
@@ -137,6 +161,11 @@ def test_a_card_is_a_json_file(tmp_path):
     with pytest.raises(ValueError, match=r"A card is a \.json file. Received .*own\.txt"):
         presets.pack(trained(), about(), "", tmp_path / "own.txt")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_these_presets_come_with_the_package():
+    assert presets.names() == ["vgg5-nmnist", "vgg5-poker_dvs"]
+    assert presets.names("vgg5-n") == ["vgg5-nmnist"]
 
 
 @pytest.mark.parametrize("name", presets.names())
