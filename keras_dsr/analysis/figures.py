@@ -193,7 +193,8 @@ def _raster(axes: Axes, name: str, train: np.ndarray, color: str, most: int = 64
         extent=(0.5, len(flat) + 0.5, len(chosen) - 0.5, -0.5),
     )
     shown = f"all {len(chosen)}" if len(chosen) == flat.shape[1] else f"{len(chosen)} of {flat.shape[1]:,}"
-    title = f"Spikes of {name}\n{shown} neurons"
+    # Long names have no room for more.
+    title = f"{name if len(name) > 11 else f'Spikes of {name}'}\n{shown} neurons"
     _panel(axes, title, "time step", "")
     axes.grid(visible=False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
