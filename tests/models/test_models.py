@@ -131,11 +131,10 @@ def test_dropout(build, kind):
         (lambda: models.preact_resnet(20, stem="tiny"), ValueError, "stem is 'cifar' or 'imagenet'.*stem='tiny'"),
         (lambda: models.preact_resnet(20, classes=1), ValueError, "2 or more classes.*classes=1"),
         (lambda: models.preact_resnet(20, dropout=1.0), ValueError, r"dropout is a rate in \[0, 1\).*dropout=1.0"),
-        (lambda: models.preact_resnet(20, timesteps=None), ValueError, "timesteps must be a number.*timesteps=None"),
         (lambda: models.preact_resnet(20, timesteps=-1), ValueError, "number of time steps N >= 1.*timesteps=-1"),
         (lambda: models.preact_resnet(20, timesteps=1.5), TypeError, "whole number of steps.*timesteps=1.5"),
         (lambda: models.preact_resnet(20, input_shape=(32, 32)), ValueError, r"input_shape is \(height, width, ch"),
-        (lambda: models.vgg(12), ValueError, r"depth is one of \[11\].*depth=12"),
+        (lambda: models.vgg(12), ValueError, r"depth is one of \[5, 11\].*depth=12"),
         (
             lambda: models.vgg(input_shape=(48, 48, 2)),
             ValueError,
@@ -272,3 +271,7 @@ def test_keras_file_round_trip(kind, tmp_path):
 def test_the_number_of_time_steps_is_the_networks():
     with pytest.raises(ValueError, match="Received a neuron with timesteps=4"):
         models.small_cnn(neuron=layers.IFSpike(timesteps=4), timesteps=2)
+
+
+def test_without_a_number_of_steps_a_residual_network_has_the_papers():
+    assert models.preact_resnet(20, input_shape=(8, 8, 3)).get_layer("stage1_block1_neuron1").timesteps == 20
