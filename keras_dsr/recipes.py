@@ -498,9 +498,9 @@ _OURS = (
         summary="PreAct-ResNet-20 on CIFAR-10, IF, N = 6, hybrid training: hours on a CPU",
         depth=20,
         timesteps=6,
-        epochs=6,
-        learning_rate=0.05,
-        hybrid_epochs=30,
+        epochs=4,
+        learning_rate=0.02,
+        hybrid_epochs=26,
         hybrid_percentile=99.5,
     ),
     Recipe(
