@@ -455,6 +455,16 @@ def _paper() -> dict[str, list[Recipe]]:
     }
 
 
+# What small networks on small data train with.
+_SMALL = {
+    "optimizer": "adam",
+    "learning_rate": 2e-3,
+    "weight_decay": 0.0,
+    "warmup_steps": 0,
+    "augmentation": ("crop",),
+    "selection": "last",
+}
+
 _OURS = (
     Recipe(
         name="digits",
@@ -467,13 +477,8 @@ _OURS = (
         dropout=0.2,
         epochs=30,
         batch_size=32,
-        optimizer="adam",
-        learning_rate=2e-3,
-        weight_decay=0.0,
-        warmup_steps=0,
-        augmentation=("crop",),
+        **_SMALL,
         padding=1,
-        selection="last",
     ),
     Recipe(
         name="digits-events",
@@ -485,13 +490,8 @@ _OURS = (
         threshold=1.0,
         epochs=15,
         batch_size=32,
-        optimizer="adam",
-        learning_rate=2e-3,
-        weight_decay=0.0,
-        warmup_steps=0,
-        augmentation=("crop",),
+        **_SMALL,
         padding=2,
-        selection="last",
     ),
     Recipe(
         name="cifar10-resnet20",
@@ -531,13 +531,8 @@ _OURS = (
         dropout=0.1,
         epochs=60,
         batch_size=8,
-        optimizer="adam",
-        learning_rate=1e-3,
-        weight_decay=0.0,
-        warmup_steps=0,
-        augmentation=("crop",),
+        **{**_SMALL, "learning_rate": 1e-3},
         padding=3,
-        selection="last",
     ),
 )
 
