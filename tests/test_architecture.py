@@ -18,8 +18,10 @@ LEVELS = {
     "coding": 1,
     "constraints": 1,
     "stream": 2,
+    "graph": 2,
     "layers": 3,
     "callbacks": 4,
+    "stepping": 4,
     "models": 4,
     "analysis": 4,
     "checkpoints": 4,
@@ -39,12 +41,30 @@ ALLOWED = {
     "data": {"files"},
     "optimizers": set(),
     "files": set(),
+    "graph": set(),
+    "stepping": {"backend", "graph", "layers"},
+    "serving": {"files"},
     "analysis": {"coding", "stream", "layers", "files"},
-    "export": {"backend", "coding", "stream", "layers", "constraints", "callbacks"},
+    "export": {"backend", "coding", "stream", "layers", "constraints", "callbacks", "graph", "stepping", "files"},
 }
-OPTIONAL = {"tonic", "tensorflow_datasets", "keras_tuner", "tf2onnx", "onnx", "onnxruntime", "tensorboard"}
+OPTIONAL = {
+    "grpc",
+    "httpx",
+    "keras_tuner",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "prometheus_client",
+    "starlette",
+    "tensorboard",
+    "tensorflow_datasets",
+    "tensorflow_serving",
+    "tf2onnx",
+    "tonic",
+    "uvicorn",
+}
 # tf.data and SavedModel are TensorFlow's own; nothing that a layer or a model needs may ask for it.
-BACKENDS = {"jax": ("backend/jax.py",), "tensorflow": ("backend/tensorflow.py", "data/", "export/")}
+BACKENDS = {"jax": ("backend/jax.py",), "tensorflow": ("backend/tensorflow.py", "data/", "export/", "serving/")}
 
 MODULES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 

@@ -2,6 +2,7 @@
 
 - `carry(value, representation)`: the value of one tensor with the gradient of another.
 - `simulate(current, threshold, ...)`: the time loop of an integrate-and-fire neuron.
+- `step(current, potential, ...)`: one time step of it, whose state goes in and out.
 - `batch_norm(values, ...)`: batch normalization of the simulation, which no gradient enters.
 - `check_finite(value, message)`: an error from within a compiled step, where the backend has such.
 - `register_structure(cls)`: lets the backend look into objects of two tensors.
@@ -12,13 +13,13 @@ Everything else in the package is written once, with `keras.ops`.
 import keras
 
 if keras.backend.backend() == "tensorflow":
-    from keras_dsr.backend.tensorflow import batch_norm, carry, check_finite, register_structure, simulate
+    from keras_dsr.backend.tensorflow import batch_norm, carry, check_finite, register_structure, simulate, step
 elif keras.backend.backend() == "jax":
-    from keras_dsr.backend.jax import batch_norm, carry, check_finite, register_structure, simulate
+    from keras_dsr.backend.jax import batch_norm, carry, check_finite, register_structure, simulate, step
 else:
     raise ImportError(
         "keras_dsr runs on the Keras backends 'tensorflow' and 'jax'. "
         f"Received {keras.backend.backend()!r}; set KERAS_BACKEND before the first import of keras."
     )
 
-__all__ = ["batch_norm", "carry", "check_finite", "register_structure", "simulate"]
+__all__ = ["batch_norm", "carry", "check_finite", "register_structure", "simulate", "step"]

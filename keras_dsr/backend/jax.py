@@ -1,4 +1,4 @@
-"""`carry`, `simulate`, `batch_norm` and `check_finite` on JAX; `keras_dsr.backend.tensorflow` describes them."""
+"""The backend's operations on JAX; `keras_dsr.backend.tensorflow` describes them."""
 
 from __future__ import annotations
 
@@ -25,6 +25,28 @@ def _carry_backward(like, cotangent):
 carry.defvjp(_carry_forward, _carry_backward)
 
 
+class _Neuron:
+    """The arithmetic of one time step, as `keras_dsr.backend.tensorflow` has it."""
+
+    def __init__(self, threshold: jax.Array, alpha: float, decay: float, scale: float, dtype: jnp.dtype) -> None:
+        self.dtype = dtype
+        self.wide = jnp.promote_types(dtype, jnp.float32)
+        self.threshold = threshold.astype(self.wide)
+        self.firing_level = alpha * self.threshold
+        self.gain = 1.0 if decay == 1.0 else 1.0 - float(self.wide.type(decay))
+        self.spike = self.threshold * scale
+
+    def scaled(self, x: jax.Array, factor: float) -> jax.Array:
+        return x if factor == 1.0 else jnp.maximum(x * factor, jnp.finfo(self.wide).min)  # as on TensorFlow
+
+    def drive_of(self, current: jax.Array) -> jax.Array:
+        return self.scaled(current.astype(self.wide), self.gain)
+
+    def fire(self, charged: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        fired = (charged >= self.firing_level).astype(self.wide)
+        return charged - self.threshold * fired, fired, (self.spike * fired).astype(self.dtype)
+
+
 def simulate(
     current: jax.Array,
     threshold: jax.Array,
@@ -40,43 +62,52 @@ def simulate(
     if not static:
         timesteps = current.shape[1]
     dtype = current.dtype
-    wide = jnp.promote_types(dtype, jnp.float32)
-    threshold = threshold.astype(wide)
-    spike = threshold * scale
-    gain = 1.0 if decay == 1.0 else 1.0 - float(wide.type(decay))
+    neuron = _Neuron(threshold, alpha, decay, scale, dtype)
+    drive_of, wide = neuron.drive_of, neuron.wide
 
-    def scaled(x, factor):
-        return x if factor == 1.0 else jnp.maximum(x * factor, jnp.finfo(wide).min)  # as on TensorFlow
-
-    def drive_of(x):
-        return scaled(x.astype(wide), gain)
-
-    def step(state, drive):
+    def advance(state, drive):
         potential, count = state
-        charged = scaled(potential, decay) + drive
-        fired = (charged >= alpha * threshold).astype(wide)
-        state = (charged - threshold * fired, scaled(count, decay) + fired)
-        return state, (spike * fired).astype(dtype)
+        potential, fired, output = neuron.fire(neuron.scaled(potential, decay) + drive)
+        return (potential, neuron.scaled(count, decay) + fired), output
 
     if loop == "unrolled":
         drives = [drive_of(current)] * timesteps if static else [drive_of(current[:, n]) for n in range(timesteps)]
         state = (jnp.zeros_like(drives[0]), jnp.zeros_like(drives[0]))
         outputs = []
         for drive in drives:
-            state, output = step(state, drive)
+            state, output = advance(state, drive)
             outputs.append(output)
         values = jnp.stack(outputs, axis=1)
     elif static:
         drive = drive_of(current)
         state = (jnp.zeros_like(drive), jnp.zeros_like(drive))
-        state, outputs = jax.lax.scan(lambda state, _: step(state, drive), state, length=timesteps)
+        state, outputs = jax.lax.scan(lambda state, _: advance(state, drive), state, length=timesteps)
         values = jnp.moveaxis(outputs, 0, 1)
     else:
         state = (jnp.zeros_like(current[:, 0], dtype=wide),) * 2
-        state, outputs = jax.lax.scan(lambda state, x: step(state, drive_of(x)), state, jnp.moveaxis(current, 1, 0))
+        state, outputs = jax.lax.scan(lambda state, x: advance(state, drive_of(x)), state, jnp.moveaxis(current, 1, 0))
         values = jnp.moveaxis(outputs, 0, 1)
     weight = sum(decay**n for n in range(timesteps))
-    return values, (state[1] * (spike / weight)).astype(dtype)
+    return values, (state[1] * (neuron.spike / weight)).astype(dtype)
+
+
+def step(
+    current: jax.Array,
+    potential: jax.Array,
+    count: jax.Array,
+    weight: jax.Array,
+    threshold: jax.Array,
+    *,
+    alpha: float,
+    decay: float,
+    scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """One time step, with its state going in and out: see `keras_dsr.backend.tensorflow.step`."""
+    neuron = _Neuron(threshold, alpha, decay, scale, current.dtype)
+    potential, fired, output = neuron.fire(neuron.scaled(potential, decay) + neuron.drive_of(current))
+    count = neuron.scaled(count, decay) + fired
+    weight = neuron.scaled(weight, decay) + 1
+    return output, (count * (neuron.spike / weight)).astype(current.dtype), potential, count, weight
 
 
 def batch_norm(

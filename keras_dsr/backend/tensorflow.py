@@ -1,4 +1,4 @@
-"""`carry`, `simulate`, `batch_norm` and `check_finite` on TensorFlow.
+"""`carry`, `simulate`, `step`, `batch_norm` and `check_finite` on TensorFlow.
 
 The time loop is unrolled or a `tf.while_loop` over a `TensorArray`: both export to SavedModel, ONNX and LiteRT.
 """
@@ -29,6 +29,38 @@ def carry(value: tf.Tensor, representation: tf.Tensor) -> tf.Tensor:
         return None, tf.reduce_sum(cotangent, axis=1) if has_time else cotangent
 
     return tf.identity(value), gradient
+
+
+class _Neuron:
+    """The arithmetic of one time step, the same in every loop: arguments as in `simulate`."""
+
+    def __init__(self, threshold: tf.Tensor, alpha: float, decay: float, scale: float, dtype: tf.DType) -> None:
+        self.dtype = dtype
+        self.wide = dtype if dtype.size >= 4 else tf.float32
+        self.threshold = tf.cast(threshold, self.wide)
+        self.firing_level = alpha * self.threshold
+        # 1 - lambda of the lambda that this precision has: the two add up to 1, as in the paper's code.
+        self.gain = 1.0 if decay == 1.0 else 1.0 - float(self.wide.as_numpy_dtype(decay))
+        self.unscaled = scale == 1.0
+        self.spike = self.threshold if self.unscaled else self.threshold * scale
+
+    def scaled(self, x: tf.Tensor, factor: float) -> tf.Tensor:
+        """x factor, rounded before anything is added to it."""
+        # Compilers fuse a product and the sum that it goes into, rounding once where we round twice: under XLA a LIF
+        # network would not fire the spikes that it fires without. A maximum between the two, which changes no finite
+        # number, keeps them apart.
+        return x if factor == 1.0 else tf.maximum(x * factor, self.wide.min)
+
+    def drive_of(self, current: tf.Tensor) -> tf.Tensor:
+        """What a step's current adds to the potential."""
+        return self.scaled(tf.cast(current, self.wide), self.gain)
+
+    def fire(self, charged: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Of charged potentials: the potentials after the reset, 1 where a neuron fired, and its output."""
+        fired = tf.cast(charged >= self.firing_level, self.wide)
+        reset = self.threshold * fired
+        output = reset if self.unscaled else self.spike * fired
+        return charged - reset, fired, tf.cast(output, self.dtype)
 
 
 def simulate(
@@ -66,27 +98,8 @@ def simulate(
     if not static:
         timesteps = current.shape[1]
     dtype = current.dtype
-    wide = dtype if dtype.size >= 4 else tf.float32
-    threshold = tf.cast(threshold, wide)
-    firing_level = alpha * threshold
-    # 1 - lambda of the lambda that this precision has: the two add up to 1, as in the paper's code.
-    gain = 1.0 if decay == 1.0 else 1.0 - float(wide.as_numpy_dtype(decay))
-    spike = threshold if scale == 1.0 else threshold * scale
-
-    def scaled(x, factor):
-        # Compilers fuse a product and the sum that it goes into, rounding once where we round twice: under XLA a LIF
-        # network would not fire the spikes that it fires without. A maximum between the two, which changes no finite
-        # number, keeps them apart.
-        return x if factor == 1.0 else tf.maximum(x * factor, wide.min)
-
-    def fire(charged):
-        fired = tf.cast(charged >= firing_level, wide)
-        reset = threshold * fired
-        output = reset if scale == 1.0 else spike * fired
-        return charged - reset, fired, tf.cast(output, dtype)
-
-    def drive_of(x):
-        return scaled(tf.cast(x, wide), gain)
+    neuron = _Neuron(threshold, alpha, decay, scale, dtype)
+    drive_of, scaled, fire, wide, spike = neuron.drive_of, neuron.scaled, neuron.fire, neuron.wide, neuron.spike
 
     static_current = drive_of(current) if static else None
 
@@ -122,6 +135,40 @@ def simulate(
     values = tf.transpose(stacked, [1, 0, *range(2, stacked.shape.rank)])
     values.set_shape([start.shape[0], timesteps, *start.shape[1:]])
     return values, tf.cast(count * (spike / weight), dtype)
+
+
+def step(
+    current: tf.Tensor,
+    potential: tf.Tensor,
+    count: tf.Tensor,
+    weight: tf.Tensor,
+    threshold: tf.Tensor,
+    *,
+    alpha: float,
+    decay: float,
+    scale: float,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+    """One time step of `simulate`, with its state going in and out: as many of them as steps give the very same.
+
+    Args:
+        current: I[n], floats of shape (batch, ...).
+        potential: V[n-1], float32 or wider, of shape (batch, ...); zeros at the start.
+        count: Spikes so far, weighted by decay^(n - 1 - k) for the one of step k; like `potential`.
+        weight: The sum of these weights, of shape (batch, 1, ...), as many steps may have gone by in each sample.
+        threshold: As in `simulate`.
+        alpha: As in `simulate`.
+        decay: As in `simulate`.
+        scale: As in `simulate`.
+
+    Returns:
+        The output V_th scale s[n] and the representation of all outputs so far, in the dtype of `current` and of
+        shape (batch, ...); then the new potential, count and weight.
+    """
+    neuron = _Neuron(threshold, alpha, decay, scale, current.dtype)
+    potential, fired, output = neuron.fire(neuron.scaled(potential, decay) + neuron.drive_of(current))
+    count = neuron.scaled(count, decay) + fired
+    weight = neuron.scaled(weight, decay) + 1
+    return output, tf.cast(count * (neuron.spike / weight), current.dtype), potential, count, weight
 
 
 def batch_norm(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -18,6 +19,10 @@ class StreamLayer(keras.layers.Layer):
     """
 
     takes_tensors = False
+
+    # What a layer does in inference to each half of a stream, the same at every time step, if that is all it does.
+    infer_values: Callable[..., Any] | None = None
+    infer_representation: Callable[..., Any] | None = None
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.takes_tensors and not is_stream(inputs):

@@ -52,8 +52,14 @@ class Add(StreamLayer):
 
     def call(self, inputs: Any) -> Stream:
         streams = self._streams(inputs)
-        values = sum((ops.stop_gradient(each.values) for each in streams[1:]), ops.stop_gradient(streams[0].values))
-        return Stream(values, sum((each.representation for each in streams[1:]), streams[0].representation))
+        values = self.infer_values(*(ops.stop_gradient(each.values) for each in streams))
+        return Stream(values, self.infer_representation(*(each.representation for each in streams)))
+
+    def infer_values(self, *values: Any) -> Any:
+        return sum(values[1:], values[0])
+
+    def infer_representation(self, *representations: Any) -> Any:
+        return sum(representations[1:], representations[0])
 
     def compute_output_spec(self, inputs: Any, **kwargs: Any) -> Stream:
         first = self._streams(inputs)[0]
@@ -110,6 +116,12 @@ class Dropout(StreamLayer):
             return Stream(values, representation)
         mask = keras.random.dropout(ops.ones_like(representation), self.rate, seed=self.seed_generator)
         return Stream(values * ops.expand_dims(mask, 1), representation * mask)
+
+    def infer_values(self, values: Any) -> Any:
+        return values
+
+    def infer_representation(self, representation: Any) -> Any:
+        return representation
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "rate": self.rate, "seed": self.seed}

@@ -110,35 +110,55 @@ class BatchNormalization(StreamLayer, keras.layers.BatchNormalization):
 
     def call(self, inputs: Any, training: bool | None = None) -> Stream:
         values, representation = self._stream(inputs)
-        dtype = keras.backend.result_type(representation.dtype, "float32")
-        wide = ops.cast(representation, dtype)
-        gamma = ops.cast(self.gamma, dtype) if self.scale else ops.ones(self.moving_mean.shape, dtype)
-        beta = ops.cast(self.beta, dtype) if self.center else ops.zeros(self.moving_mean.shape, dtype)
-        updates = training and self.trainable
-        if updates:
-            moments = ops.moments(wide, axes=self._all_but(self._feature_axis, wide), synchronized=self.synchronized)
-        else:
-            moments = ops.cast(self.moving_mean, dtype), ops.cast(self.moving_variance, dtype)
+        if not (training and self.trainable):
+            normalized = self.infer_representation(representation)
+            if values.shape[1] == 0:
+                return without_steps(normalized)
+            return Stream(ops.stop_gradient(self.infer_values(ops.stop_gradient(values))), normalized)
 
+        wide = ops.cast(representation, self._wide(representation))
+        moments = ops.moments(wide, axes=self._all_but(self._feature_axis, wide), synchronized=self.synchronized)
         currents = None
         if values.shape[1] != 0:
-            currents, *pooled = self._normalize_values(values, gamma, beta, None if updates else moments)
-            if updates:  # the value is the simulation's, the gradient that of the representation's moments
-                moments = tuple(map(backend.carry, pooled, moments))
-        mean, variance = moments
-        if updates:
-            self._update(self.moving_mean, mean)
-            self._update(self.moving_variance, variance)
-
-        normalized = ops.batch_normalization(
-            wide, mean, variance, axis=self._feature_axis, offset=beta, scale=gamma, epsilon=self.epsilon
-        )
-        normalized = ops.cast(normalized, self.compute_dtype)
+            currents, *pooled = self._normalize_values(values, None)
+            # The value is the simulation's, the gradient that of the representation's moments.
+            moments = tuple(map(backend.carry, pooled, moments))
+        self._update(self.moving_mean, moments[0])
+        self._update(self.moving_variance, moments[1])
+        normalized = self._normalize_representation(wide, moments)
         return without_steps(normalized) if currents is None else Stream(currents, normalized)
 
-    def _normalize_values(self, values: Any, gamma: Any, beta: Any, moments: Any) -> tuple[Any, Any, Any]:
+    def infer_values(self, values: Any) -> Any:
+        return self._normalize_values(values, self._moving(self._wide(values)))[0]
+
+    def infer_representation(self, representation: Any) -> Any:
+        wide = ops.cast(representation, self._wide(representation))
+        return self._normalize_representation(wide, self._moving(wide.dtype))
+
+    @staticmethod
+    def _wide(x: Any) -> str:
+        return keras.backend.result_type(x.dtype, "float32")
+
+    def _moving(self, dtype: Any) -> tuple[Any, Any]:
+        return ops.cast(self.moving_mean, dtype), ops.cast(self.moving_variance, dtype)
+
+    def _affine(self, dtype: Any) -> tuple[Any, Any]:
+        """gamma and beta, or what stands for them."""
+        gamma = ops.cast(self.gamma, dtype) if self.scale else ops.ones(self.moving_mean.shape, dtype)
+        beta = ops.cast(self.beta, dtype) if self.center else ops.zeros(self.moving_mean.shape, dtype)
+        return gamma, beta
+
+    def _normalize_representation(self, wide: Any, moments: tuple[Any, Any]) -> Any:
+        gamma, beta = self._affine(wide.dtype)
+        normalized = ops.batch_normalization(
+            wide, *moments, axis=self._feature_axis, offset=beta, scale=gamma, epsilon=self.epsilon
+        )
+        return ops.cast(normalized, self.compute_dtype)
+
+    def _normalize_values(self, values: Any, moments: Any) -> tuple[Any, Any, Any]:
         """The normalized values, and the moments that they were normalized with: the given ones, or their own."""
-        values, gamma, beta = (ops.stop_gradient(x) for x in (values, gamma, beta))
+        gamma, beta = (ops.stop_gradient(x) for x in self._affine(self._wide(values)))
+        values = ops.stop_gradient(values)
         axis, last = self._feature_axis + 1, len(values.shape) - 1
         if moments is None and self.synchronized:
             moments = ops.moments(ops.cast(values, gamma.dtype), axes=self._all_but(axis, values), synchronized=True)

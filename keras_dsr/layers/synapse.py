@@ -150,12 +150,17 @@ class Synapse(StreamLayer):
 
     def call(self, inputs: Any) -> Stream:
         values, representation = self._stream(inputs)
-        mapped = self.layer(representation)
+        mapped = self.infer_representation(representation)
         if values.shape[1] == 0:
             return without_steps(mapped)
         # The output, too, is cut off: else the kernel would get a gradient from every time step.
-        currents = ops.stop_gradient(self.layer(fold(ops.stop_gradient(values))))
-        return Stream(unfold(currents, values), mapped)
+        return Stream(ops.stop_gradient(self.infer_values(ops.stop_gradient(values))), mapped)
+
+    def infer_values(self, values: Any) -> Any:
+        return unfold(self.layer(fold(values)), values)
+
+    def infer_representation(self, representation: Any) -> Any:
+        return self.layer(representation)
 
     def compute_output_spec(self, inputs: Any, **kwargs: Any) -> Stream:
         values, representation = self._stream(inputs)
