@@ -1,1 +1,38 @@
-"""Export."""
+"""Export: SavedModels for TensorFlow Serving, ONNX files, and whether they give what Keras gives.
+
+- `keras_dsr.export.functions`: what is exported of a model, `Network`: whole runs, single steps, traces of spikes
+- `keras_dsr.export.saved_model`: `export_saved_model`, versions for TensorFlow Serving
+- `keras_dsr.export.tf_serving`: warm-up requests, and the files that TensorFlow Serving is started with
+- `keras_dsr.export.card`: the card of an exported model
+- `keras_dsr.export.verify`: `verify`, exported forms against Keras, spike by spike
+- `keras_dsr.export.c_api`: `Session`, a SavedModel in the C++ session that TensorFlow Serving runs
+- `keras_dsr.export.runtimes`: `OnnxRuntime` and `OpenVino`
+- `keras_dsr.export.tensors`: what signatures and files say of their inputs
+- `keras_dsr.export.onnx`: `export_onnx`, ONNX files in three forms
+- `keras_dsr.export.folding`, `keras_dsr.export.weights`, `keras_dsr.export.passes`: what makes them fast and small
+
+Export runs on TensorFlow. Packages that it needs beside are installed by `pip install 'keras-dsr[export]'`; OpenVINO,
+which `verify` uses where it is installed, by `pip install 'keras-dsr[openvino]'`.
+"""
+
+from keras_dsr.export.c_api import Session
+from keras_dsr.export.functions import SIGNATURES, Network, Preprocessing
+from keras_dsr.export.onnx import export_onnx
+from keras_dsr.export.runtimes import OnnxRuntime, OpenVino
+from keras_dsr.export.saved_model import export_saved_model
+from keras_dsr.export.verify import Report, Row, VerificationError, verify
+
+__all__ = [
+    "SIGNATURES",
+    "Network",
+    "OnnxRuntime",
+    "OpenVino",
+    "Preprocessing",
+    "Report",
+    "Row",
+    "Session",
+    "VerificationError",
+    "export_onnx",
+    "export_saved_model",
+    "verify",
+]

@@ -109,11 +109,19 @@ class Network:
     @property
     def neurons(self) -> list[str]:
         """Names of the neuron layers, in the order in which they run."""
-        found: list[str] = []
+        return [name for name, _ in self._neurons()]
+
+    @property
+    def neuron_layers(self) -> dict[str, SpikingNeuron]:
+        """The neuron layers, by name and in the order in which they run."""
+        return dict(self._neurons())
+
+    def _neurons(self) -> list[tuple[str, SpikingNeuron]]:
+        found: list[tuple[str, SpikingNeuron]] = []
 
         def note(name: str, layer: Any) -> Callable[..., Any]:
             if isinstance(layer, SpikingNeuron):
-                found.append(identifier(name))
+                found.append((identifier(name), layer))
             return lambda *_, **__: keras.tree.map_structure(lambda _: None, layer.output)
 
         graph.walk(self.model, [None], note)
@@ -203,10 +211,15 @@ class Network:
 
     def step(self, tensors: dict[str, Any]) -> dict[str, tf.Tensor]:
         """`step`: from one time step's input and the state, by name, to the answer and the next state."""
+        return self.step_traced(tensors)[0]
+
+    def step_traced(self, tensors: dict[str, Any]) -> tuple[dict[str, tf.Tensor], dict[str, tf.Tensor]]:
+        """What `step` gives, and the spikes of each neuron layer in this step (batch, ...), scale included, by name."""
         parts = {name: tensors[identifier(name)] for name in self.stepper.state}
         result = self.stepper(self._prepared(tensors[self.step_input_name]), parts)
         after = {f"next_{identifier(name)}": value for name, value in result.state.items()}
-        return {**self._answer(result.output), **after}
+        spikes = {identifier(name): value for name, value in result.spikes.items()}
+        return {**self._answer(result.output), **after}, spikes
 
     def initial_state(self, stream: Any) -> dict[str, tf.Tensor]:
         """`initial_state`: zeros for as many streams as there are numbers in `stream`, whatever they are."""

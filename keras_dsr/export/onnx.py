@@ -1,0 +1,324 @@
+"""ONNX files: a network in one of three forms, proven in ONNX Runtime before it gets its name.
+
+- "unrolled": all time steps written out, no loop in the file; any batch size, a fixed number of steps. The fastest.
+- "loop": neurons loop over time steps; any batch size, and any number of frames where the network takes frames.
+- "step": one time step, with the state as inputs and outputs, for streams of events.
+
+Inputs and outputs are called as in the SavedModel: see `keras_dsr.export.functions`. The spikes of each neuron layer
+can be had of every file: `keras_dsr.export.OnnxRuntime(path).traced(inputs)`.
+
+Metadata, by keys that start with `keras_dsr.`: `form`; `version`, of this package; `neurons`, the layers in their
+order; `timesteps`, where it is fixed; `state`, its parts' names; `preprocessing`; `worth` of a spike in each layer,
+where thresholds are folded; `weight_bits`; `card`; `trace`, see `keras_dsr.export.passes`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import keras_dsr
+from keras_dsr.export import passes
+from keras_dsr.export.folding import FoldedNetwork
+from keras_dsr.export.functions import Network, Preprocessing
+from keras_dsr.export.passes import SPIKES
+from keras_dsr.export.verify import VerificationError
+from keras_dsr.export.verify import verify as compare
+from keras_dsr.export.weights import BITS, quantized_copy, store_as_integers
+from keras_dsr.files import replacing
+from keras_dsr.layers import ToStream
+
+FORMS = ("unrolled", "loop", "step")
+OPSETS = range(15, 19)
+"""Versions of ONNX's operators that the converter writes."""
+
+
+def export_onnx(
+    model: keras.Model,
+    path: str | os.PathLike[str],
+    *,
+    form: str = "unrolled",
+    timesteps: int | None = None,
+    preprocessing: Preprocessing | None = None,
+    classifier: bool = True,
+    fold_thresholds: bool = False,
+    weight_bits: int | None = None,
+    examples: Any = None,
+    about: Mapping[str, Any] | None = None,
+    verify: bool = True,
+    opset: int = 18,
+) -> Path:
+    """Writes a model as an ONNX file.
+
+    Args:
+        model: A functional or Sequential model with one input and one output, on TensorFlow.
+        path: The file to write; ends in .onnx. Its folder must exist. A file that is there is replaced, once the new
+            one is proven.
+        form: "unrolled", "loop" or "step".
+        timesteps: Number of frames, where the model takes any: "unrolled" needs it then, and "loop" takes no other.
+        preprocessing: What makes the model's input of what clients send; `None` if they send the model's input.
+        classifier: Whether the output is logits; if not, it is given as it is, as `output`.
+        fold_thresholds: Whether neurons put out 0 and 1, and the weights that follow have what a spike is worth in
+            them.
+        weight_bits: 8 or 4: kernels of Conv2D and Dense layers become whole numbers of so many bits, held in int8.
+            Float kernels are rounded: the file then does as `quantized_copy(model, weight_bits)` does. `None` for
+            floats.
+        examples: Inputs as clients send them (n, ...) to verify the file with; `None` for random ones. Real ones tell
+            more, as neurons may not fire on noise.
+        about: What only the caller knows, such as data, recipe and accuracy, as JSON has it; goes into the card.
+        verify: Whether the file is compared with Keras, answers and spikes, before it gets its name.
+        opset: Version of ONNX's operators, from 15 to 18.
+
+    Returns:
+        The path.
+
+    Raises:
+        VerificationError: if the file does not give what Keras gives. Nothing is left behind.
+        ValueError: if an argument is not one of those above, or the model cannot be exported in this form.
+        FileNotFoundError: if there is no such folder.
+        RuntimeError: if Keras does not run on TensorFlow.
+        ImportError: if a package is missing; the error says how to install it.
+
+    Example:
+
+    >>> import tempfile
+    >>> from keras_dsr import models
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     export_onnx(models.small_cnn(timesteps=4), f"{folder}/digits.onnx").name
+    'digits.onnx'
+    """
+    path = Path(path)
+    _check(path, form, weight_bits, opset)
+    onnx = _imported("onnx")
+    if weight_bits is not None:
+        model = quantized_copy(model, weight_bits)
+    network = Network(model, preprocessing, classifier)
+    number = _frames(network, form, timesteps)
+    folded = FoldedNetwork(model, preprocessing, classifier, loop=form == "loop", fold_thresholds=fold_thresholds)
+    if verify:
+        examples = _random(network, number) if examples is None else np.asarray(examples)
+
+    proto = _converted(folded, form, number, opset)
+    _tidy(proto, folded, form)
+    if weight_bits is not None:
+        store_as_integers(proto, folded.kernels)
+    _describe(proto, network, folded, form, number, weight_bits, about)
+    with replacing(path) as beside:
+        try:
+            onnx.checker.check_model(proto, full_check=True)
+        except onnx.checker.ValidationError as error:
+            raise ValueError(f"Model {model.name!r} does not become a valid ONNX file: {error}") from error
+        onnx.save(proto, beside)
+        if verify:
+            report = compare(network, examples, onnx=[beside])
+            if not report.passed:
+                raise VerificationError(report)
+    return path
+
+
+def _check(path: Path, form: str, weight_bits: Any, opset: Any) -> None:
+    if form not in FORMS:
+        raise ValueError(f"form is one of {FORMS}. Received form={form!r}.")
+    if weight_bits not in (None, *BITS):
+        raise ValueError(f"weight_bits is 8 or 4, or None for floats. Received weight_bits={weight_bits!r}.")
+    if opset not in OPSETS:
+        raise ValueError(f"opset is a number from {OPSETS[0]} to {OPSETS[-1]}. Received opset={opset!r}.")
+    if path.suffix != ".onnx":
+        raise ValueError(f"The name of an ONNX file ends in .onnx. Received {str(path)!r}.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {path.parent} to write {path.name} to.")
+
+
+def _imported(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(
+            f"ONNX export needs the package {name}. Install it with: pip install 'keras-dsr[export]' ({error})."
+        ) from error
+
+
+def _frames(network: Network, form: str, timesteps: int | None) -> int | None:
+    """The number of time steps that the file has; `None` for any."""
+    model = network.model
+    sources = [layer for layer in model._flatten_layers() if isinstance(layer, ToStream)]
+    makers = (*network.neuron_layers.values(), *sources)
+    own = next((layer.timesteps for layer in makers if layer.timesteps is not None), None)
+    if own == 0:
+        raise ValueError(
+            f"Model {model.name!r} is a representation network (timesteps=0), which has no spikes. Give it time steps "
+            "with keras_dsr.models.with_timesteps(model, N)."
+        )
+    if form == "step":
+        if timesteps is not None:
+            raise ValueError(f"The form 'step' has one time step. Received timesteps={timesteps!r}; leave it out.")
+        return None
+    known = own if own is not None else model.inputs[0].shape[1]
+    if timesteps is not None and (isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1):
+        raise ValueError(f"timesteps is a number of frames of at least 1. Received timesteps={timesteps!r}.")
+    if timesteps is not None and known not in (None, timesteps):
+        raise ValueError(
+            f"Model {model.name!r} has {known} time steps. Received timesteps={timesteps}; leave it out, or export "
+            "another model: keras_dsr.models.with_timesteps, or one built for that many frames."
+        )
+    if form == "unrolled" and known is None and timesteps is None:
+        raise ValueError(
+            f"Model {model.name!r} takes any number of frames, and the form 'unrolled' has a fixed one: pass "
+            "timesteps=..., or form='loop'."
+        )
+    # A loop takes any number of frames unless a layer insists on one, whatever the model was built for.
+    return timesteps or (known if form == "unrolled" or own is not None else None)
+
+
+def _random(network: Network, number: int | None) -> np.ndarray:
+    """Inputs to verify with."""
+    spec = network.input_spec(batch=4, timesteps=number or 4)
+    if None in spec.shape.as_list():
+        raise ValueError(
+            f"Model {network.model.name!r} takes inputs of shape {tuple(spec.shape)}: pass examples=... to verify the "
+            "file with."
+        )
+    generator = np.random.default_rng(0)
+    if spec.dtype.is_integer:
+        return generator.integers(0, min(spec.dtype.max, 255) + 1, spec.shape).astype(spec.dtype.as_numpy_dtype)
+    return generator.normal(size=spec.shape).astype(spec.dtype.as_numpy_dtype)
+
+
+def _converted(network: FoldedNetwork, form: str, number: int | None, opset: int) -> Any:
+    """The ONNX ModelProto of a function that gives the answer and all spikes."""
+    tf2onnx = _imported("tf2onnx")
+    if form == "step":
+        specs = network.step_specs()
+        run = network.step_traced
+    else:
+        spec = network.input_spec()
+        shape = spec.shape.as_list()
+        if not any(layer.timesteps is not None for layer in network.neuron_layers.values()):
+            shape[1] = number
+        specs = {network.input_name: tf.TensorSpec(shape, spec.dtype, name=network.input_name)}
+
+        def run(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+            return network.run_traced(tensors[network.input_name])
+
+    def call(*tensors: Any) -> dict[str, Any]:
+        answer, spikes = run(dict(zip(specs, tensors, strict=True)))
+        return {**answer, **{f"{SPIKES}{name}": value for name, value in spikes.items()}}
+
+    with _errors_of_converter() as errors, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        function = tf.function(call, autograph=False)
+        proto, _ = tf2onnx.convert.from_function(function, list(specs.values()), opset=opset)
+    if errors:
+        operations = sorted(set(re.findall(r"Tensorflow op \[[^:\]]*: (\w+)\]", "\n".join(errors))))
+        named = f"it has operations that ONNX files cannot have: {operations}" if operations else "; ".join(errors)
+        raise ValueError(f"Model {network.model.name!r} cannot be converted to ONNX: {named}.")
+    return proto
+
+
+@contextlib.contextmanager
+def _errors_of_converter() -> Iterator[list[str]]:
+    """Gathers what the converter logs as errors, and keeps it from printing: it goes on after errors."""
+    errors: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            errors.append(record.getMessage())
+
+    logger = logging.getLogger("tf2onnx")
+    handler = Handler(logging.ERROR)
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.ERROR)
+    logger.propagate = False
+    try:
+        yield errors
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+def _tidy(proto: Any, network: FoldedNetwork, form: str) -> None:
+    """Outputs in their order, sizes by name, and nothing in the graph that the answer does not need."""
+    graph = proto.graph
+    answer = [*network.outputs, *(f"next_{name}" for name in (network.state if form == "step" else ()))]
+    spikes = [f"{SPIKES}{name}" for name in network.neurons]
+    outputs = {each.name: each for each in graph.output}
+    ordered = [outputs[name] for name in (*answer, *spikes)]
+    copies = [type(each).FromString(each.SerializeToString()) for each in ordered]
+    del graph.output[:]
+    graph.output.extend(copies)
+    passes.scan_neurons(proto)
+    passes.sink_transposes(proto)
+    passes.set_aside(proto, network.neurons)
+    for value in (*graph.input, *graph.output):
+        sizes = value.type.tensor_type.shape.dim
+        if sizes:
+            sizes[0].dim_param = "batch"
+    for value in graph.input:
+        sizes = value.type.tensor_type.shape.dim
+        if form == "loop" and not sizes[1].HasField("dim_value"):
+            sizes[1].dim_param = "time"
+
+
+def _describe(
+    proto: Any,
+    network: Network,
+    folded: FoldedNetwork,
+    form: str,
+    number: int | None,
+    weight_bits: int | None,
+    about: Mapping[str, Any] | None,
+) -> None:
+    """What the file says of itself."""
+    proto.producer_name = "keras_dsr"
+    proto.producer_version = keras_dsr.__version__
+    proto.graph.name = network.model.name
+    what = {
+        "unrolled": "all time steps written out",
+        "loop": "a loop over time steps",
+        "step": "one time step, with the state as inputs and outputs",
+    }[form]
+    proto.doc_string = (
+        f"Spiking network {network.model.name!r} of keras_dsr: {what}. "
+        "What is known of it is in the metadata keras_dsr.card."
+    )
+    packages = ("keras", "tensorflow", "numpy", "onnx", "tf2onnx")
+    card = {
+        "name": network.model.name,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "keras_dsr": keras_dsr.__version__,
+            **{package: importlib.metadata.version(package) for package in packages},
+        },
+        "about": dict(about or {}),
+    }
+    preprocessing = network.preprocessing
+    entries = {
+        "form": form,
+        "version": keras_dsr.__version__,
+        "timesteps": number,
+        "state": list(network.state) if form == "step" else None,
+        "preprocessing": None if preprocessing is None else dataclasses.asdict(preprocessing),
+        "worth": folded.worth if folded.fold_thresholds else None,
+        "weight_bits": weight_bits,
+        "card": card,
+    }
+    for key, value in entries.items():
+        if value is not None:
+            text = value if isinstance(value, str) else json.dumps(value)
+            proto.metadata_props.add(key=f"keras_dsr.{key}", value=text)
