@@ -4,9 +4,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-# Train a small spiking network on real digits; results under runs/.
+# Train a small spiking network on real digits, export it and prove the export; under runs/ and savedmodels/.
 demo: .venv/installed
-	$(BIN)/keras-dsr train digits
+	$(BIN)/keras-dsr train digits --export savedmodels
 
 # The whole test suite on TensorFlow, then what JAX shares with it.
 test: .venv/installed-dev
@@ -25,7 +25,7 @@ bench: .venv/installed-dev
 	$(PYTHON) -m venv .venv
 
 .venv/installed: .venv/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[export]'
 	touch $@
 
 .venv/installed-dev: .venv/bin/python pyproject.toml

@@ -1,4 +1,4 @@
-"""The command line: `keras-dsr train`, `resume`, `evaluate`, `recipes`, `pack` and `compare`."""
+"""The command line, `keras-dsr`: train, resume, evaluate, recipes, pack, compare, export, verify, serve."""
 
 from __future__ import annotations
 
@@ -6,12 +6,22 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from keras_dsr import recipes, runs, training
+from keras_dsr import deployment, recipes, runs, serving, training
 from keras_dsr.recipes import Recipe
+
+_FORMS = ("unrolled", "loop", "step")
+
+
+def _onnx_forms(text: str) -> tuple[str, ...]:
+    forms = () if text == "none" else tuple(text.split(","))
+    if not set(forms) <= set(_FORMS):
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(_FORMS)}, or none; received {text!r}")
+    return forms
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,6 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     resume = commands.add_parser("resume", help="go on with a run", description="Go on with an unfinished run.")
     resume.add_argument("run", type=Path, help="a run folder, such as runs/digits-20260101-120000")
     for each in (train, resume):
+        each.add_argument(
+            "--export", type=Path, metavar="FOLDER", help="export the result too, as keras-dsr export does"
+        )
         each.add_argument("--download", action="store_true", help="download the data set if it is not there")
         each.add_argument("--tensorboard", action="store_true", help="write TensorBoard's logs to the run folder")
         each.add_argument("--verbose", type=int, default=None, help="2 for one line an epoch, 0 for none")
@@ -58,6 +71,46 @@ def _parser() -> argparse.ArgumentParser:
         "compare", help="compare runs", description="Show the settings in which runs differ, and what came out."
     )
     compare.add_argument("runs", type=Path, nargs="+", help="two or more run folders")
+    export = commands.add_parser(
+        "export",
+        help="export a run for TensorFlow Serving and ONNX",
+        description="Write a run, or a preset, as the next version of a SavedModel and as ONNX, proven to do the same.",
+    )
+    export.add_argument(
+        "--to", type=Path, default=Path("savedmodels"), help="folder of all models (default: savedmodels)"
+    )
+    export.add_argument(
+        "--onnx",
+        type=_onnx_forms,
+        default=("unrolled",),
+        metavar="FORMS",
+        help=f"which of {', '.join(_FORMS)} to write, with commas between, or none (default: unrolled)",
+    )
+    export.add_argument("--fold-thresholds", action="store_true", help="ONNX whose spikes are 0 and 1")
+    export.add_argument("--weight-bits", type=int, choices=(8, 4), help="ONNX whose weights are whole numbers")
+    verify = commands.add_parser(
+        "verify",
+        help="compare an export with its network",
+        description="Run real inputs through a run's, or a preset's, network and what was exported of it, and compare.",
+    )
+    verify.add_argument("exported", type=Path, help="a SavedModel, such as savedmodels/digits or savedmodels/digits/1")
+    verify.add_argument("--onnx", type=Path, nargs="+", default=[], help="ONNX files (default: those of the version)")
+    verify.add_argument("--report", type=Path, help="write the report to this .json file")
+    for each in (export, verify):
+        each.add_argument("network", help="a run folder, such as runs/digits-20260101-120000; or a preset")
+        each.add_argument("--data-dir", type=Path, help="where the data set is (default: $KERAS_DSR_DATA)")
+        each.add_argument("--examples", type=int, default=256, help="how many real inputs to compare (default: 256)")
+    serve = commands.add_parser(
+        "serve",
+        help="serve exported models, for development",
+        description="Serve SavedModels by TensorFlow Serving's API, for development, until SIGTERM or Ctrl-C.",
+    )
+    serve.add_argument("models", nargs="+", help="folders of versions, such as savedmodels/digits, or NAME=FOLDER")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
+    serve.add_argument("--grpc-port", type=int, default=8500, help="port of gRPC, 0 for any (default: 8500)")
+    serve.add_argument("--rest-port", type=int, default=8501, help="port of REST, 0 for any (default: 8501)")
+    serve.add_argument("--max-batch-size", type=int, default=32, help="examples to join to one run (default: 32)")
+    serve.add_argument("--max-request-mb", type=int, default=64, help="largest request in MiB (default: 64)")
     return parser
 
 
@@ -118,6 +171,8 @@ def _run(recipe: Recipe, folder: Path, options: argparse.Namespace) -> None:
             print(f"keras-dsr: stopped; go on with: keras-dsr resume {folder}", file=sys.stderr)
         raise
     _report(summary, folder)
+    if options.export is not None:
+        _deploy(deployment.source(folder, data_dir=options.data_dir), options.export)
     files = [name for name in ("model.keras", "history.csv", "figure.png") if (folder / name).exists()]
     console = Console()
     console.print(f"Written to {folder}: {', '.join(files)}. Look at it again with", soft_wrap=True)
@@ -182,6 +237,44 @@ def _compare(options: argparse.Namespace) -> None:
     Console().print(table)
 
 
+def _export(options: argparse.Namespace) -> None:
+    _deploy(
+        deployment.source(options.network, data_dir=options.data_dir, examples=options.examples),
+        options.to,
+        onnx=options.onnx,
+        fold_thresholds=options.fold_thresholds,
+        weight_bits=options.weight_bits,
+    )
+
+
+def _deploy(given: deployment.Source, base: Path, **settings: Any) -> None:
+    exported = deployment.deploy(given, base, **settings)
+    console = Console()
+    console.print(f"Exported, and verified against Keras: {', '.join(map(str, exported.paths))}", soft_wrap=True)
+    print(f"\n{exported.usage}\n")
+
+
+def _verify(options: argparse.Namespace) -> None:
+    given = deployment.source(options.network, data_dir=options.data_dir, examples=options.examples)
+    report = deployment.verify(given, options.exported, options.onnx)
+    Console().print(report.table())
+    if options.report is not None:
+        report.write(options.report)
+    if not report.passed:
+        raise ValueError(f"{options.exported} does not do as {options.network} does.")
+
+
+def _serve(options: argparse.Namespace) -> None:
+    settings = serving.Settings(
+        host=options.host,
+        grpc_port=options.grpc_port,
+        rest_port=options.rest_port,
+        max_batch_size=options.max_batch_size,
+        max_request_bytes=options.max_request_mb * 2**20,
+    )
+    serving.run(serving.model_folders(options.models), settings)
+
+
 _COMMANDS = {
     "train": _train,
     "resume": _resume,
@@ -189,6 +282,9 @@ _COMMANDS = {
     "recipes": _recipes,
     "pack": _pack,
     "compare": _compare,
+    "export": _export,
+    "verify": _verify,
+    "serve": _serve,
 }
 
 if __name__ == "__main__":

@@ -13,7 +13,21 @@ import pytest
 
 import keras_dsr
 
-OPTIONAL = {"tonic", "tensorflow_datasets", "keras_tuner", "tf2onnx", "onnx", "onnxruntime"}
+OPTIONAL = {
+    "grpc",
+    "httpx",
+    "keras_tuner",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "prometheus_client",
+    "starlette",
+    "tensorflow_datasets",
+    "tensorflow_serving",
+    "tf2onnx",
+    "tonic",
+    "uvicorn",
+}
 OTHER_BACKEND = {"jax": "keras_dsr.backend.tensorflow", "tensorflow": "keras_dsr.backend.jax"}[helpers.BACKEND]
 MODULES = sorted(
     found.name

@@ -307,15 +307,34 @@ class DataSet:
         Raises:
             ValueError: if the batch size is not 1 or more.
         """
+        stored = self.stored_batches(part, batch_size, seed)
+        return stored.map(self._finish, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
+
+    def stored_batches(self, part: Part, batch_size: int, seed: int | None = None) -> tf.data.Dataset:
+        """Batches as they are stored, without standardisation: what a client of a served network has.
+
+        Args:
+            part: `validation`, `test`, or `train` without augmentation.
+            batch_size: Examples in a batch.
+            seed: As in `batches`.
+
+        Returns:
+            Pairs of inputs (batch, ...), in the dtype in which they are stored, and labels (batch,), int32.
+
+        Raises:
+            ValueError: if the batch size is not 1 or more.
+        """
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more. Received batch_size={batch_size!r}.")
 
         def prepare(x: tf.Tensor, place: tf.Tensor) -> tf.Tensor:
             return Augmentation().each(x, tf.zeros([2], tf.int64), self.input_shape, self.resize)
 
+        def shaped(x: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            return tf.ensure_shape(x, (x.shape[0], *self.input_shape)), tf.cast(labels, tf.int32)
+
         key = None if seed is None else tf.constant(seed, tf.int64)
-        batches = part.batches(batch_size, None if self.resize is None else prepare, key)
-        return batches.map(self._finish, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
+        return part.batches(batch_size, None if self.resize is None else prepare, key).map(shaped)
 
     def _finish(self, x: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         x = tf.ensure_shape(x, (x.shape[0], *self.input_shape))

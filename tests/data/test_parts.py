@@ -178,6 +178,15 @@ def test_evaluation_sees_inputs_as_they_are_standardised():
     np.testing.assert_allclose(np.sort(train[:, 0, 0, 0]), (np.arange(50) - 3) / 2)
 
 
+def test_batches_as_they_are_stored_are_those_of_evaluation_before_they_are_standardised():
+    data = data_set(mean=(3.0,), std=(2.0,))
+    stored = as_arrays(data.stored_batches(data.test, 5, seed=1))
+    assert [(x.dtype, labels.dtype) for x, labels in stored] == [("uint8", "int32")] * 2
+    assert_same(
+        [((x.astype("float32") - 3) / 2, labels) for x, labels in stored], as_arrays(data.batches(data.test, 5, 1))
+    )
+
+
 def test_batches_have_static_shapes():
     data = data_set()
     x, labels = data.training_batches(8, seed=0).element_spec
