@@ -84,6 +84,7 @@ def smoke(recipe: Recipe) -> Recipe:
         padding=1,
         threshold_gradient_scale=None,
         hybrid_epochs=min(recipe.hybrid_epochs, 2),
+        hybrid_quantized_epochs=min(recipe.hybrid_quantized_epochs, 1),
         **network,
     )
 
@@ -162,9 +163,17 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(rows: Sequence[Row], folder: Path, title: str) -> None:
-    """Writes `results.md`, `results.json` and `results.png` to a folder, each whole or not at all."""
-    runs.write(folder / "results.md", f"# {title}\n\n{table(rows)}")
+def write(rows: Sequence[Row], folder: Path, title: str, changed: Sequence[str] = ()) -> None:
+    """Writes `results.md`, `results.json` and `results.png` to a folder, each whole or not at all.
+
+    Args:
+        rows: What came out.
+        folder: Where to write.
+        title: For table and figure.
+        changed: Settings that all recipes had instead of their own, as NAME=VALUE: recipes' summaries do not know them.
+    """
+    note = f"All recipes with `{' '.join(changed)}`, whatever else they are called here.\n\n" if changed else ""
+    runs.write(folder / "results.md", f"# {title}\n\n{note}{table(rows)}")
     runs.write(folder / "results.json", runs.json_text([dataclasses.asdict(row) for row in rows]))
     figures.accuracies(
         folder / "results.png",
@@ -234,7 +243,7 @@ def main(group: str, title: str, smoke_names: Sequence[str] = (), arguments: Seq
             data_dir=options.data_dir,
             download=options.download,
             verbose=verbose,
-            after_each=lambda finished: write(finished, folder, heading),
+            after_each=lambda finished: write(finished, folder, heading, options.set),
         )
     except (ValueError, OSError, ImportError) as error:
         print(f"{group}: {error}", file=sys.stderr)

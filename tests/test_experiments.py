@@ -60,7 +60,8 @@ def test_finished_runs_are_read_and_not_run_again(results, monkeypatch):
 
 def test_results_are_a_table_a_picture_and_numbers(results, tmp_path):
     rows, _ = results
-    experiments.write(rows, tmp_path, "A title")
+    experiments.write(rows, tmp_path, "A title", ["epochs=1", "widths=2"])
+    assert "with `epochs=1 widths=2`" in (tmp_path / "results.md").read_text()
     text = (tmp_path / "results.md").read_text()
     assert text.startswith("# A title\n")
     assert f"{rows[0].mean:.2f} ± {rows[0].deviation:.2f}" in text
