@@ -73,6 +73,11 @@ class Recipe:
         hybrid_learning_rate: Largest learning rate of those passes.
         hybrid_weight_decay: Weight decay of those passes (SGD only).
         hybrid_percentile: Of the activations, which becomes the threshold; 100 for the maximum.
+        hybrid_quantized_epochs: Passes after that, still as representation network, in which neurons put out what
+            `timesteps` steps of a constant current give: weights learn to live with the quantization error (Eqs. 18 and
+            21) at the cost of an ANN. 0 for none.
+        hybrid_quantized_learning_rate: Largest learning rate of those passes; optimizer and weight decay are those of
+            the passes before.
         seed: Seed of weights, order, augmentation and dropout.
 
     Raises:
@@ -117,6 +122,8 @@ class Recipe:
     hybrid_learning_rate: float = 0.1
     hybrid_weight_decay: float = 5e-4
     hybrid_percentile: float = 99.9
+    hybrid_quantized_epochs: int = 0
+    hybrid_quantized_learning_rate: float = 0.05
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -132,6 +139,7 @@ class Recipe:
         for field, least in (
             ("epochs", 0),
             ("hybrid_epochs", 0),
+            ("hybrid_quantized_epochs", 0),
             ("batch_size", 1),
             ("timesteps", 0),
             ("warmup_steps", 0),
@@ -146,7 +154,7 @@ class Recipe:
                 raise ValueError(f"{field} must be {least} or more. Received {field}={getattr(self, field)!r}.")
         if not self.epochs + self.hybrid_epochs:
             raise ValueError("A recipe trains for 1 epoch or more. Received epochs=0, hybrid_epochs=0.")
-        for field in ("learning_rate", "hybrid_learning_rate", "train_examples"):
+        for field in ("learning_rate", "hybrid_learning_rate", "hybrid_quantized_learning_rate", "train_examples"):
             if getattr(self, field) is not None and not getattr(self, field) > 0:
                 raise ValueError(f"{field} must be above 0. Received {field}={getattr(self, field)!r}.")
         if not 0 < self.hybrid_percentile <= 100:
@@ -167,6 +175,11 @@ class Recipe:
                 "Hybrid training goes on with spikes, so it needs time steps. Received "
                 f"hybrid_epochs={self.hybrid_epochs!r}, timesteps=0; a representation network alone has only epochs."
             )
+        if self.hybrid_quantized_epochs and not self.hybrid_epochs:
+            raise ValueError(
+                "Thresholds for quantized passes come from a trained representation network. Received "
+                f"hybrid_quantized_epochs={self.hybrid_quantized_epochs!r}, hybrid_epochs=0; set hybrid_epochs too."
+            )
         for prefix in ("", "hybrid_"):
             if getattr(self, f"{prefix}optimizer") == "adam" and getattr(self, f"{prefix}weight_decay"):
                 raise ValueError(
@@ -174,8 +187,11 @@ class Recipe:
                     f"{prefix}weight_decay={getattr(self, f'{prefix}weight_decay')!r}; set it to 0."
                 )
 
-    def neuron_layer(self) -> SpikingNeuron:
+    def neuron_layer(self, representation_steps: int | None = None) -> SpikingNeuron:
         """A neuron layer with this recipe's settings, which `keras_dsr.models` give to all neurons of a network.
+
+        Args:
+            representation_steps: As in the layer.
 
         Raises:
             ValueError: if a setting is out of range.
@@ -187,6 +203,7 @@ class Recipe:
             "threshold_lower_bound": self.threshold_lower_bound,
             # SGD decays thresholds as it does all weights.
             "threshold_l2": 0.0,
+            "representation_steps": representation_steps,
         }
         if self.threshold_gradient_scale is not None:
             settings["threshold_gradient_scale"] = self.threshold_gradient_scale
@@ -194,20 +211,27 @@ class Recipe:
             settings |= {"tau": self.tau, "dt": self.dt}
         return NEURONS[self.neuron](**settings)
 
-    def build(self, classes: int, input_shape: tuple[int, ...], timesteps: int | None = None) -> keras.Model:
+    def build(
+        self,
+        classes: int,
+        input_shape: tuple[int, ...],
+        timesteps: int | None = None,
+        representation_steps: int | None = None,
+    ) -> keras.Model:
         """The recipe's network, not yet compiled.
 
         Args:
             classes: Number of classes.
             input_shape: Height, width and channels of an image; of event frames time first.
             timesteps: Number of time steps, if not the recipe's: 0 for the representation network.
+            representation_steps: As in the neuron layers.
 
         Raises:
             ValueError: if the network cannot be built so.
         """
         timesteps = self.timesteps if timesteps is None else timesteps
         common: dict[str, Any] = {
-            "neuron": self.neuron_layer(),
+            "neuron": self.neuron_layer(representation_steps),
             "classes": classes,
             "input_shape": input_shape,
             "dropout": self.dropout,

@@ -42,7 +42,7 @@ class Stage:
     """What one stage of a training took.
 
     Args:
-        name: "representation" or "spiking".
+        name: "representation", "quantized" or "spiking".
         timesteps: Number N of time steps; 0 for the representation network.
         epochs: Passes over the training part.
         seconds: Wall time, validation included.
@@ -73,7 +73,7 @@ class Summary:
         timesteps: Number N of time steps.
         seconds: Wall time of the training, of all epochs together, without the imports.
         seconds_saved: By hybrid training: what the epochs of the representation network would have taken with spikes,
-            less what they took; `None` for a training of one stage.
+            less what they took, quantized ones included; `None` for a training of one stage.
         stages: What each stage took.
     """
 

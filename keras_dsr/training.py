@@ -1,8 +1,8 @@
 """From a recipe to a trained model in a run folder, and back from the folder to its accuracy.
 
-A training has one stage, with spikes, or two (hybrid): the representation network first, then, from thresholds
-calibrated on its activations, the spiking one. After each epoch a checkpoint holds all that the training needs to go
-on. What is in the folder: `keras_dsr.runs`.
+A training has one stage, with spikes, or more (hybrid): the representation network first; then, from thresholds
+calibrated on its activations, the same with quantized outputs, if the recipe says so, and the spiking one. After each
+epoch a checkpoint holds all that the training needs to go on. What is in the folder: `keras_dsr.runs`.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class _Plan:
     name: str
     number: int
     timesteps: int
+    representation_steps: int | None
     epochs: int
     optimizer: str
     learning_rate: float
@@ -57,9 +58,13 @@ def _plans(recipe: Recipe) -> list[_Plan]:
     spiking = "spiking" if recipe.timesteps else "representation"
     last = (recipe.epochs, recipe.optimizer, recipe.learning_rate, recipe.weight_decay)
     if not recipe.hybrid_epochs:
-        return [_Plan(spiking, 0, recipe.timesteps, *last)]
+        return [_Plan(spiking, 0, recipe.timesteps, None, *last)]
     first = (recipe.hybrid_epochs, recipe.hybrid_optimizer, recipe.hybrid_learning_rate, recipe.hybrid_weight_decay)
-    return [_Plan("representation", 0, 0, *first), _Plan(spiking, 1, recipe.timesteps, *last)]
+    plans = [_Plan("representation", 0, 0, None, *first)]
+    if recipe.hybrid_quantized_epochs:
+        quantized = (recipe.hybrid_optimizer, recipe.hybrid_quantized_learning_rate, recipe.hybrid_weight_decay)
+        plans.append(_Plan("quantized", 1, 0, recipe.timesteps, recipe.hybrid_quantized_epochs, *quantized))
+    return [*plans, _Plan(spiking, len(plans), recipe.timesteps, None, *last)]
 
 
 def compile_model(
@@ -193,7 +198,7 @@ def train(
         for plan in _plans(recipe):
             if plan.number < state["stage"]:
                 continue
-            weights = None if model is None else _calibrated(model, recipe, loaded)
+            weights = None if model is None else _calibrated(model, recipe, plan, loaded)
             model = None  # its memory is for the next stage
             model = _run_stage(recipe, plan, folder, loaded, augmentation, state, weights, tensorboard, verbose)
         return _finish(recipe, folder, loaded, state, model)
@@ -232,11 +237,14 @@ def load(recipe: Recipe, *, data_dir: Path | None = None, download: bool = False
     return loaded if recipe.train_examples is None else loaded.with_training_examples(recipe.train_examples)
 
 
-def _calibrated(model: keras.Model, recipe: Recipe, loaded: DataSet) -> list[np.ndarray]:
-    """Weights of a trained representation network, made ready for spikes."""
+def _calibrated(model: keras.Model, recipe: Recipe, plan: _Plan, loaded: DataSet) -> list[np.ndarray]:
+    """Weights of a trained representation network, made ready for the stage that follows."""
     size = min(recipe.batch_size, 128)
     examples = loaded.training_batches(size, seed=recipe.seed).take(math.ceil(_CALIBRATION_EXAMPLES / size))
-    models.calibrate_thresholds(model, examples.as_numpy_iterator(), recipe.hybrid_percentile)
+    if plan.number == 1:  # later, thresholds have been trained to what they are for
+        models.calibrate_thresholds(model, examples.as_numpy_iterator(), recipe.hybrid_percentile)
+    if not plan.timesteps:
+        return model.get_weights()
     spiking = recipe.build(loaded.classes, loaded.input_shape)
     spiking.set_weights(model.get_weights())
     models.calibrate_normalization(spiking, examples.as_numpy_iterator())
@@ -269,7 +277,7 @@ def _run_stage(
     """
     # Each stage draws its own numbers, whether or not this process ran the one before.
     keras.utils.set_random_seed(recipe.seed + 7919 * plan.number)
-    model = recipe.build(loaded.classes, loaded.input_shape, timesteps=plan.timesteps)
+    model = recipe.build(loaded.classes, loaded.input_shape, plan.timesteps, plan.representation_steps)
     steps = loaded.steps(recipe.batch_size)
     worth = plan.timesteps == 0 and steps * plan.epochs >= _STEPS_WORTH_COMPILING
     compile_model(
@@ -352,16 +360,16 @@ def _finish(recipe: Recipe, folder: Path, loaded: DataSet, state: dict[str, Any]
     stages = []
     for plan in _plans(recipe):
         mine = [row for row in rows if row["stage"] == plan.name]
-        calibrated = state["calibrated"] if plan.number else None
+        calibrated = state["calibrated"] if plan.number == len(_plans(recipe)) - 1 > 0 else None
         accuracies = [row.get("val_accuracy") for row in mine] or [calibrated]
         chosen = state["best"][1] if plan.number == len(_plans(recipe)) - 1 and state["best"][0] else accuracies[-1]
         seconds = sum(row["seconds"] for row in mine)
         stages.append(Stage(plan.name, plan.timesteps, len(mine), seconds, chosen, calibrated))
     saved = None
-    if len(stages) == 2 and stages[1].epochs:
+    if len(stages) > 1 and stages[-1].epochs:
         # By the median: the first epoch of a stage compiles.
-        typical = statistics.median(row["seconds"] for row in rows if row["stage"] == stages[1].name)
-        saved = stages[0].epochs * typical - stages[0].seconds
+        typical = statistics.median(row["seconds"] for row in rows if row["stage"] == stages[-1].name)
+        saved = sum(stage.epochs * typical - stage.seconds for stage in stages[:-1])
     summary = Summary(
         test_accuracy=_accuracy(model, loaded, loaded.test),
         test_examples=len(loaded.test),
@@ -434,7 +442,7 @@ def pack(folder: Path, path: Path, *, data_dir: Path | None = None, version: int
         raise ValueError("Presets are for preact_resnet and vgg. Received a run with network='small_cnn'.")
     loaded = load(recipe, data_dir=data_dir)
     neuron = recipe.neuron_layer().get_config()
-    dropped = ("name", "trainable", "dtype", "timesteps", "loop")
+    dropped = ("name", "trainable", "dtype", "timesteps", "loop", "representation_steps")
     path.parent.mkdir(parents=True, exist_ok=True)
     card = Card(
         network=f"{recipe.network}{recipe.depth}",

@@ -15,6 +15,7 @@ import pytest
 import keras_dsr
 from keras_dsr import checkpoints, cli, layers, models, recipes, runs, training
 from keras_dsr.data import images
+from keras_dsr.recipes import Recipe
 
 DIGITS = recipes.get("digits")
 # JAX compiles each network for seconds: it gets the tests in which it could differ.
@@ -181,6 +182,60 @@ def test_hybrid_training_goes_from_calibrated_thresholds_on_with_spikes(hybrid):
     assert rates == pytest.approx([0.025, 0.0, 1e-3, 0.0], abs=1e-6)
     assert (hybrid / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert (hybrid / "best.npz").exists()
+
+
+def test_quantized_passes_come_between(tmp_path, monkeypatch):
+    built = []
+    build = Recipe.build
+
+    def watched(self, *arguments):
+        built.append(build(self, *arguments))
+        return built[-1]
+
+    monkeypatch.setattr(Recipe, "build", watched)
+    summary = training.train(dataclasses.replace(TINY, hybrid_quantized_epochs=1, epochs=1), tmp_path, verbose=0)
+    rows = history(tmp_path)
+    assert [row["stage"] for row in rows] == ["representation", "representation", "quantized", "spiking"]
+    assert [(stage.name, stage.timesteps, stage.epochs) for stage in summary.stages] == [
+        ("representation", 0, 2),
+        ("quantized", 0, 1),
+        ("spiking", 2, 1),
+    ]
+    assert [stage.calibrated_accuracy is None for stage in summary.stages] == [True, True, False]
+    first, quantized, *_, last = built
+    assert first.get_layer("neuron1").representation_steps is None
+    assert quantized.get_layer("neuron1").representation_steps == 2
+    assert last.get_layer("neuron1").representation_steps is None
+    saved = 3 * summary.stages[2].seconds - summary.stages[0].seconds - summary.stages[1].seconds
+    assert summary.seconds_saved == pytest.approx(saved)
+    # Thresholds are calibrated for the quantized passes, and go on training from there.
+    before, after = (float(row["threshold_neuron1"]) for row in rows[1:3])
+    assert before != after
+    with pytest.raises(ValueError, match="hybrid_quantized_epochs"):
+        training.train(TINY, tmp_path, verbose=0)
+
+
+@TENSORFLOW_ONLY
+@pytest.mark.parametrize("number", [2, 3])
+def test_a_run_that_was_stopped_around_quantized_passes_ends_as_if_it_had_not_been(
+    number, tmp_path, monkeypatch, quick
+):
+    recipe = dataclasses.replace(TINY, hybrid_epochs=1, hybrid_quantized_epochs=2, epochs=1)
+    training.train(recipe, tmp_path / "unbroken", verbose=0)
+    save, calls = checkpoints.save, []
+
+    def stop(path, model, state):
+        save(path, model, state)
+        calls.append(path)
+        if path.name == "checkpoint.npz" and len(calls) >= number:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            training.train(recipe, tmp_path / "stopped", verbose=0)
+    training.train(recipe, tmp_path / "stopped", verbose=0)
+    assert_equal_runs(tmp_path / "stopped", tmp_path / "unbroken")
 
 
 @pytest.fixture

@@ -79,12 +79,13 @@ def training_run(
     thresholds_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _panel(thresholds_axes, "Thresholds", "epoch", "threshold $V_{th}$")
 
-    if len(stages) > 1:
+    ends = np.cumsum([epochs for _, epochs in stages])
+    for (name, _), end in zip(stages[1:], ends, strict=False):
         for each in (axes, thresholds_axes):
-            each.axvline(stages[0][1] + 0.5, color=_INK, linewidth=0.8, linestyle=":")
+            each.axvline(end + 0.5, color=_INK, linewidth=0.8, linestyle=":")
             each.annotate(
-                f"{stages[1][0]} from here",
-                (stages[0][1] + 0.5, 0.98),
+                f"{name} from here",
+                (end + 0.5, 0.98),
                 xycoords=("data", "axes fraction"),
                 xytext=(-4, 0),
                 textcoords="offset points",

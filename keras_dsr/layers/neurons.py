@@ -58,6 +58,19 @@ def check_timesteps(timesteps: Any) -> int | None:
     return number
 
 
+def check_representation_steps(steps: Any) -> int | None:
+    """`steps` as `None` or an int of at least 1; raises a ValueError or TypeError otherwise."""
+    if steps is None:
+        return None
+    try:
+        number = operator.index(steps)
+    except TypeError:
+        raise TypeError(f"representation_steps is a whole number, or None. Received {steps!r}.") from None
+    if isinstance(steps, bool) or number < 1:
+        raise ValueError(f"representation_steps is 1 or more, or None. Received representation_steps={steps!r}.")
+    return number
+
+
 class SpikingNeuron(StreamLayer):
     """What `IFSpike` and `LIFSpike` share: the threshold, the simulation and the clamp's gradient.
 
@@ -79,6 +92,7 @@ class SpikingNeuron(StreamLayer):
         threshold_l2: float,
         threshold_gradient_scale: float,
         loop: str,
+        representation_steps: int | None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -110,6 +124,7 @@ class SpikingNeuron(StreamLayer):
         self.threshold_l2 = float(threshold_l2)
         self.threshold_gradient_scale = float(threshold_gradient_scale)
         self.loop = loop
+        self.representation_steps = check_representation_steps(representation_steps)
 
     def build(self, input_shape: Any) -> None:
         self.threshold = self.add_weight(
@@ -137,7 +152,7 @@ class SpikingNeuron(StreamLayer):
 
         clamped = self._clamp(representation, threshold)
         if steps == 0:
-            return without_steps(clamped)
+            return without_steps(self._quantized(representation, threshold, clamped))
         spikes, coded = backend.simulate(
             ops.stop_gradient(values),
             ops.stop_gradient(threshold),
@@ -157,6 +172,21 @@ class SpikingNeuron(StreamLayer):
         scaled = backend.carry(ops.stop_gradient(threshold), threshold * self.threshold_gradient_scale)
         clamped = self.coding.clamp(ops.cast(representation, dtype), ops.cast(scaled, dtype))
         return ops.cast(clamped, representation.dtype)
+
+    def _quantized(self, representation: Any, threshold: Any, clamped: Any) -> Any:
+        """Of a representation network: the clamp, or what a constant current gives after so many steps."""
+        if self.representation_steps is None:
+            return clamped
+        _, coded = backend.simulate(
+            ops.stop_gradient(representation),
+            ops.stop_gradient(threshold),
+            alpha=self.alpha,
+            decay=self.coding.decay,
+            scale=self.scale,
+            timesteps=self.representation_steps,
+            loop="unrolled",  # what it puts out at each step is not asked for, and so not computed
+        )
+        return backend.carry(ops.stop_gradient(coded), clamped)
 
     def _check(self, inputs: Any) -> None:
         if is_stream(inputs):
@@ -212,6 +242,7 @@ class SpikingNeuron(StreamLayer):
             "threshold_l2": self.threshold_l2,
             "threshold_gradient_scale": self.threshold_gradient_scale,
             "loop": self.loop,
+            "representation_steps": self.representation_steps,
         }
 
 
@@ -238,6 +269,9 @@ class IFSpike(SpikingNeuron):
         threshold_gradient_scale: Factor on the gradient of V_th. The paper's code has 1, and 0.001 for ImageNet.
         loop: The time loop: "while" (`tf.while_loop`, `lax.scan`), which needs least memory, compiles fastest and takes
             a time axis of any length; or "unrolled", a little faster on TensorFlow without XLA and in ONNX Runtime.
+        representation_steps: In a representation network (a stream of zero steps), puts out what this many steps of a
+            constant current give, instead of the clamp: with the quantization error of Eqs. 18 and 21, and the clamp's
+            gradient. `None` for the clamp. Nothing else depends on it.
         **kwargs: `name`, `dtype` and `trainable`, as every Keras layer has them.
 
     Input shape:
@@ -275,6 +309,7 @@ class IFSpike(SpikingNeuron):
         threshold_l2: float = 2.5e-4,
         threshold_gradient_scale: float = 1.0,
         loop: str = "while",
+        representation_steps: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -286,6 +321,7 @@ class IFSpike(SpikingNeuron):
             threshold_l2=threshold_l2,
             threshold_gradient_scale=threshold_gradient_scale,
             loop=loop,
+            representation_steps=representation_steps,
             **kwargs,
         )
 
@@ -320,6 +356,9 @@ class LIFSpike(SpikingNeuron):
             the chain rule's 1 / dt a dt.
         loop: The time loop: "while" (`tf.while_loop`, `lax.scan`), which needs least memory, compiles fastest and takes
             a time axis of any length; or "unrolled", a little faster on TensorFlow without XLA and in ONNX Runtime.
+        representation_steps: In a representation network (a stream of zero steps), puts out what this many steps of a
+            constant current give, instead of the clamp: with the quantization error of Eqs. 18 and 21, and the clamp's
+            gradient. `None` for the clamp. Nothing else depends on it.
         **kwargs: `name`, `dtype` and `trainable`, as every Keras layer has them.
 
     Input shape:
@@ -356,6 +395,7 @@ class LIFSpike(SpikingNeuron):
         threshold_l2: float = 2.5e-4,
         threshold_gradient_scale: float | None = None,
         loop: str = "while",
+        representation_steps: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.coding = WeightedRateCoding(tau=tau, dt=dt)
@@ -368,6 +408,7 @@ class LIFSpike(SpikingNeuron):
             threshold_l2=threshold_l2,
             threshold_gradient_scale=dt**2 if threshold_gradient_scale is None else threshold_gradient_scale,
             loop=loop,
+            representation_steps=representation_steps,
             **kwargs,
         )
         self.tau = float(tau)

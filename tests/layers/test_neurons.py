@@ -301,6 +301,48 @@ def test_no_timesteps_give_the_clamp_alone(kind):
     np.testing.assert_allclose(numpy(representation), np.clip(x / tau, 0, bound), rtol=1e-6)
 
 
+@KIND
+def test_a_representation_network_of_so_many_steps_puts_out_what_a_constant_current_gives(kind):
+    x = np.random.default_rng(0).normal(0.5, 1.0, (4, 5)).astype("float32")
+    values, representation = neuron(kind, timesteps=0, representation_steps=6)(x)
+    assert tuple(values.shape) == (4, 0, 5)
+    expected = neuron(kind, timesteps=6)(x).representation
+    np.testing.assert_allclose(numpy(representation), numpy(expected), rtol=1e-6)
+    assert len(np.unique(numpy(representation))) > 2
+
+
+def test_quantized_outputs_by_hand():
+    x = np.array([[-1.0, 0.0, 0.2, 0.3, 0.6, 1.0, 5.0]], "float32")
+    _, representation = layers.IFSpike(threshold=1.0, timesteps=0, representation_steps=2)(x)
+    np.testing.assert_array_equal(numpy(representation), [[0.0, 0.0, 0.0, 0.5, 0.5, 1.0, 1.0]])  # Eq. 21
+
+
+@KIND
+def test_quantized_outputs_have_the_gradient_of_the_clamp(kind):
+    x = np.random.default_rng(0).normal(0.5, 1.0, (4, 5)).astype("float32")
+    found = []
+    for steps in (None, 3):
+        layer = neuron(kind, timesteps=0, representation_steps=steps)
+        layer.build((None, 5))
+        value = layer.threshold.value
+
+        def loss(x, threshold, layer=layer):
+            out = with_weights([layer.threshold], [threshold], lambda: layer(x).representation)
+            return ops.sum(out * ops.arange(1.0, 6.0)), ()
+
+        found.append(helpers.value_and_grads(loss, x, np.asarray(value))[2])
+    for clamped, quantized in zip(*found, strict=True):
+        assert np.any(clamped)
+        np.testing.assert_array_equal(quantized, clamped)
+
+
+@KIND
+@pytest.mark.parametrize(("steps", "error"), [(0, ValueError), (True, ValueError), (1.5, TypeError)])
+def test_bad_representation_steps(kind, steps, error):
+    with pytest.raises(error, match="representation_steps is"):
+        neuron(kind, representation_steps=steps)
+
+
 SIXTEENTHS = st.integers(-48, 48).map(lambda k: k / 16)
 THRESHOLDS = st.sampled_from([0.25, 0.5, 1.0, 2.0])
 ALPHAS = st.sampled_from([0.25, 0.5, 0.75, 1.0])
@@ -511,6 +553,7 @@ def test_config_round_trip(kind):
         threshold_l2=0.5,
         threshold_gradient_scale=0.0625,
         loop="while",
+        representation_steps=5,
         name="some_neuron",
         dtype="mixed_bfloat16",
     )
@@ -526,6 +569,7 @@ def test_config_round_trip(kind):
         "threshold_l2": 0.5,
         "threshold_gradient_scale": 0.0625,
         "loop": "while",
+        "representation_steps": 5,
         "name": "some_neuron",
     }
     if kind == "lif":

@@ -147,6 +147,12 @@ def test_dropout(build, kind):
         (lambda: models.small_cnn(classes=0), ValueError, "2 or more classes"),
         (lambda: models.with_timesteps(models.small_cnn((2,)), -1), ValueError, "timesteps=-1"),
         (lambda: models.with_timesteps(models.small_cnn((2,)), None), ValueError, "timesteps=None"),
+        (
+            lambda: models.with_timesteps(models.small_cnn((2,)), 2, 4),
+            ValueError,
+            "timesteps=2, representation_steps=4",
+        ),
+        (lambda: models.with_timesteps(models.small_cnn((2,)), 0, 0), ValueError, "representation_steps=0"),
     ],
 )
 def test_errors(call, error, message):
@@ -192,6 +198,18 @@ def test_weights_go_both_ways(kind):
     after = numpy(spiking(x))
     assert (after != before).any()
     np.testing.assert_array_equal(numpy(models.with_timesteps(ann, 2)(x)), after)
+
+
+def test_a_quantized_representation_network_is_the_spiking_one_up_to_the_first_uneven_spikes():
+    spiking = models.small_cnn((4,), layers.IFSpike(threshold=0.5), timesteps=4, input_shape=(8, 8, 1))
+    quantized = models.with_timesteps(spiking, 0, representation_steps=4)
+    x = np.random.default_rng(0).normal(0, 2, (3, 8, 8, 1)).astype("float32")
+    first = [keras.Model(m.input, m.get_layer("neuron1").output[1])(x) for m in (spiking, quantized)]
+    np.testing.assert_allclose(numpy(first[1]), numpy(first[0]), atol=1e-6)  # its current is constant
+    assert not np.allclose(numpy(quantized(x)), numpy(models.with_timesteps(spiking, 0)(x)))
+    again = models.with_timesteps(quantized, 4)
+    np.testing.assert_array_equal(numpy(again(x)), numpy(spiking(x)))
+    assert again.get_layer("neuron1").representation_steps is None
 
 
 def test_with_timesteps_keeps_the_paths_of_the_weights():
