@@ -5,24 +5,34 @@ from __future__ import annotations
 import keras
 import numpy as np
 import pytest
-from helpers import dyadics, numpy
+from helpers import BACKEND, compiled, dyadics, numpy
 from keras import ops
 
 from keras_dsr import backend, layers, models
 from keras_dsr.coding import WeightedRateCoding
-from keras_dsr.stepping import Stepper
+from keras_dsr.stepping import Stepper, StepResult
 from keras_dsr.stream import Stream
 
 
 def run(stepper, x, steps, state=None):
     """The result of the last of `steps` steps, and the spikes of all."""
+
+    def step(inputs, state):
+        result = stepper(inputs, state)
+        return result.output, result.spikes, result.state
+
+    step = compiled(step, BACKEND == "jax")  # which takes minutes operation by operation
     state = stepper.initial_state(len(x)) if state is None else state
     spikes = []
     for n in range(steps):
-        result = stepper(x[:, n] if stepper.takes_frames else x, state)
-        state = result.state
-        spikes.append({name: numpy(train) for name, train in result.spikes.items()})
-    return result, {name: np.stack([each[name] for each in spikes], axis=1) for name in spikes[0]}
+        output, trains, state = step(x[:, n] if stepper.takes_frames else x, state)
+        spikes.append({name: numpy(trains[name]) for name in stepper_names(stepper)})
+    return StepResult(output, trains, state), {n: np.stack([each[n] for each in spikes], axis=1) for n in spikes[0]}
+
+
+def stepper_names(stepper):
+    """Names of the neuron layers, in order: what a compiled step gives is in another."""
+    return [name.removeprefix("potential_") for name in stepper.state if name.startswith("potential_")]
 
 
 def residual(neuron) -> keras.Model:

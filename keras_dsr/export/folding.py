@@ -366,7 +366,10 @@ def _swapped(x: tf.Tensor) -> tf.Tensor:
 
 
 def _normalized(layer: BatchNormalization, x: tf.Tensor) -> tf.Tensor:
-    """Of images, and with channels last, by the one operation that ONNX has for it, which runtimes fold away."""
+    """Of images, and with channels last, by the operation that the converter multiplies into convolutions.
+
+    Not ahead of kernels that are whole numbers: their steps stay as they are, and sums as close to Keras's.
+    """
     if x.shape.rank != 4 or layer.axis not in (-1, 3) or x.dtype != tf.float32:
         return layer.infer_representation(x)
     ones = tf.ones(layer.moving_mean.shape)

@@ -22,7 +22,6 @@ import json
 import logging
 import os
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -218,8 +217,7 @@ def _converted(network: FoldedNetwork, form: str, number: int | None, opset: int
         answer, spikes = run(dict(zip(specs, tensors, strict=True)))
         return {**answer, **{f"{SPIKES}{name}": value for name, value in spikes.items()}}
 
-    with _errors_of_converter() as errors, warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+    with _errors_of_converter() as errors:
         function = tf.function(call, autograph=False)
         proto, _ = tf2onnx.convert.from_function(function, list(specs.values()), opset=opset)
     if errors:

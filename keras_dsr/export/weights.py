@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_dsr.layers.quantized import QuantizedConv2D, QuantizedDense, quantize
+from keras_dsr.layers.quantized import QuantizedConv2D, QuantizedDense, check_bits, quantize
 from keras_dsr.layers.synapse import Synapse
 
 BITS = (8, 4)
@@ -50,7 +50,8 @@ def quantized_copy(model: keras.Model, bits: int) -> keras.Model:
     >>> copy.get_layer("conv1").bits
     4
     """
-    quantized_kinds = {kind: quantized for kind, quantized in _PAIRS}
+    check_bits(bits)
+    quantized_kinds = dict(_PAIRS)
     found = []
 
     def convert(layer: keras.layers.Layer) -> keras.layers.Layer | None:
@@ -99,6 +100,10 @@ class Kernels:
     def __init__(self) -> None:
         self._bits: dict[int, tuple[keras.layers.Layer, int]] = {}
         self.rounded: list[Kernel] = []
+
+    def __bool__(self) -> bool:
+        """Whether there are such."""
+        return bool(self._bits)
 
     def add(self, layer: keras.layers.Layer, bits: int) -> None:
         """Says that this layer's kernel is to be rounded."""
@@ -160,8 +165,8 @@ def _cloned(model: keras.Model, convert: Callable[[Any], Any]) -> keras.Model:
 def store_as_integers(model: Any, kernels: Kernels) -> None:
     """Replaces float kernels in an ONNX graph by their whole numbers, and a DequantizeLinear node each.
 
-    The converter multiplies what follows a layer into its kernel: a normalization's factor for each output channel,
-    which goes into the steps here.
+    The converter may have multiplied what follows a layer into its kernel: a normalization's factor for each output
+    channel. It goes into the steps here.
 
     Args:
         model: An ONNX ModelProto, changed in place.
