@@ -522,10 +522,11 @@ _OURS = (
         summary="PreAct-ResNet-20 on CIFAR-10, IF, N = 6, hybrid training: hours on a CPU",
         depth=20,
         timesteps=6,
-        epochs=4,
+        epochs=2,
         learning_rate=0.02,
         hybrid_epochs=26,
         hybrid_percentile=99.5,
+        hybrid_quantized_epochs=8,
     ),
     Recipe(
         name="nmnist",
