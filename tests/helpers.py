@@ -8,6 +8,24 @@ from keras import ops
 
 BACKEND = keras.backend.backend()
 
+# Packages that some parts of the package need and others do without.
+OPTIONAL = {
+    "grpc",
+    "httpx",
+    "keras_tuner",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "prometheus_client",
+    "starlette",
+    "tensorboard",
+    "tensorflow_datasets",
+    "tensorflow_serving",
+    "tf2onnx",
+    "tonic",
+    "uvicorn",
+}
+
 
 def numpy(x) -> np.ndarray:
     """A tensor or variable; not by `convert_to_numpy`, whose copy of a variable NumPy 2 deprecates."""

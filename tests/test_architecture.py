@@ -6,6 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
+from helpers import OPTIONAL
 
 import keras_dsr
 
@@ -47,22 +48,6 @@ ALLOWED = {
     "serving": {"files"},
     "analysis": {"coding", "stream", "layers", "files"},
     "export": {"backend", "coding", "stream", "layers", "constraints", "callbacks", "graph", "stepping", "files"},
-}
-OPTIONAL = {
-    "grpc",
-    "httpx",
-    "keras_tuner",
-    "onnx",
-    "onnxruntime",
-    "openvino",
-    "prometheus_client",
-    "starlette",
-    "tensorboard",
-    "tensorflow_datasets",
-    "tensorflow_serving",
-    "tf2onnx",
-    "tonic",
-    "uvicorn",
 }
 # What a server and a client are made of, and nothing imports before it is one.
 PROTOCOLS = {f"serving/{name}.py" for name in ("grpc_api", "grpc_transport", "metrics", "rest_api", "rest_transport")}

@@ -13,21 +13,6 @@ import pytest
 
 import keras_dsr
 
-OPTIONAL = {
-    "grpc",
-    "httpx",
-    "keras_tuner",
-    "onnx",
-    "onnxruntime",
-    "openvino",
-    "prometheus_client",
-    "starlette",
-    "tensorflow_datasets",
-    "tensorflow_serving",
-    "tf2onnx",
-    "tonic",
-    "uvicorn",
-}
 OTHER_BACKEND = {"jax": "keras_dsr.backend.tensorflow", "tensorflow": "keras_dsr.backend.jax"}[helpers.BACKEND]
 MODULES = sorted(
     found.name
@@ -40,7 +25,7 @@ def load(name):
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name not in OPTIONAL:
+        if error.name not in helpers.OPTIONAL:
             raise
         pytest.skip(f"{name} needs an optional package: {error}")
 
