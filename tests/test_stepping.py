@@ -215,7 +215,7 @@ def test_bad_input():
 
 
 @keras.saving.register_keras_serializable(package="tests")
-class Halved(keras.layers.Layer):
+class HalvesStreams(keras.layers.Layer):
     """A layer of another's that takes and gives streams."""
 
     def call(self, inputs):
@@ -226,6 +226,6 @@ class Halved(keras.layers.Layer):
 def test_a_layer_of_anothers_that_takes_streams_is_named():
     image = keras.Input((8,))
     stream = layers.IFSpike(threshold=0.5, timesteps=3)(image)
-    model = keras.Model(image, layers.SpikeRep()(Halved(name="mine")(list(stream))))
-    with pytest.raises(ValueError, match="Halved 'mine' takes streams"):
+    model = keras.Model(image, layers.SpikeRep()(HalvesStreams(name="mine")(list(stream))))
+    with pytest.raises(ValueError, match="HalvesStreams 'mine' takes streams"):
         Stepper(model)
