@@ -94,10 +94,6 @@ class Steps:
         """`folded`, multiplied out."""
         return self.folded if self.worth is None else self.folded * tf.constant(self.worth, self.folded.dtype)
 
-    def map(self, function: Callable[[Any], Any]) -> Steps:
-        """The same number of steps, of what `function` makes of them."""
-        return Steps(function(self.whole()), self.number)
-
 
 class FoldedNetwork(Network):
     """`Network`, whose functions compute the same in the way of this module.
@@ -306,7 +302,7 @@ class _Walk:
         if isinstance(layer, Add) and all(each.worth == first.worth for each in values):
             return Steps(layer.infer_values(*(each.folded for each in values)), first.number, first.worth)
         if isinstance(layer, BatchNormalization):
-            return first.map(lambda x: _normalized(layer, x))
+            return Steps(_normalized(layer, first.whole()), first.number)
         return Steps(layer.infer_representation(*(each.whole() for each in values)), first.number)
 
     def _affine(self, layer: keras.layers.Layer, x: Any, worth: Any) -> tuple[Any, Any]:
@@ -332,6 +328,10 @@ class _Walk:
         if self.network.kernels.bits(layer) is not None:
             return self._affine(layer, _tensor(args[0]), None)[0]
         args, kwargs = keras.tree.map_structure(_tensor, (args, kwargs))
+        if isinstance(layer, layers.BatchNormalization) and args:
+            # A maximum that changes no finite number keeps the converter from multiplying the layer into the kernel of
+            # the one ahead, which would round otherwise than Keras.
+            args = (tf.maximum(args[0], args[0].dtype.min), *args[1:])
         return layer(*args, **kwargs)
 
 
@@ -366,19 +366,15 @@ def _swapped(x: tf.Tensor) -> tf.Tensor:
 
 
 def _normalized(layer: BatchNormalization, x: tf.Tensor) -> tf.Tensor:
-    """Of images, and with channels last, by the operation that the converter multiplies into convolutions.
+    """In the order in which Keras computes it, which the converter does not multiply into the layer ahead.
 
-    Not ahead of kernels that are whole numbers: their steps stay as they are, and sums as close to Keras's.
+    Potentials stay as close to Keras's as sums allow, and kernels of whole numbers keep their steps.
     """
-    if x.shape.rank != 4 or layer.axis not in (-1, 3) or x.dtype != tf.float32:
+    if layer.axis not in (-1, x.shape.rank - 1):
         return layer.infer_representation(x)
-    ones = tf.ones(layer.moving_mean.shape)
-    return tf.raw_ops.FusedBatchNormV3(
-        x=x,
-        scale=layer.gamma if layer.scale else ones,
-        offset=layer.beta if layer.center else tf.zeros_like(ones),
-        mean=layer.moving_mean,
-        variance=layer.moving_variance,
-        epsilon=layer.epsilon,
-        is_training=False,
-    ).y
+    wide = x.dtype if x.dtype.size >= 4 else tf.float32
+    factor = tf.math.rsqrt(tf.cast(layer.moving_variance, wide) + layer.epsilon)
+    if layer.scale:
+        factor *= tf.cast(layer.gamma, wide)
+    x = (tf.cast(x, wide) - tf.cast(layer.moving_mean, wide)) * factor
+    return tf.cast(x + tf.cast(layer.beta, wide) if layer.center else x, layer.compute_dtype)

@@ -103,6 +103,7 @@ def export_onnx(
     path = Path(path)
     _check(path, form, weight_bits, opset)
     onnx = _imported("onnx")
+    _check_dtypes(model)
     if weight_bits is not None:
         model = quantized_copy(model, weight_bits)
     network = Network(model, preprocessing, classifier)
@@ -183,6 +184,20 @@ def _frames(network: Network, form: str, timesteps: int | None) -> int | None:
     return timesteps or (known if form == "unrolled" or own is not None else None)
 
 
+def _takes_frames(network: Network) -> bool:
+    return all(layer.timesteps is None for layer in network.neuron_layers.values())
+
+
+def _check_dtypes(model: keras.Model) -> None:
+    for layer in model._flatten_layers(include_self=False):
+        if layer.compute_dtype in ("bfloat16", "float64"):
+            raise ValueError(
+                f"ONNX files are in float32, or in float16 where layers are. Layer {layer.name!r} of model "
+                f"{model.name!r} computes in {layer.compute_dtype}: build the model with the dtype policy 'float32', "
+                "and set its weights."
+            )
+
+
 def _random(network: Network, number: int | None) -> np.ndarray:
     """Inputs to verify with."""
     spec = network.input_spec(batch=4, timesteps=number or 4)
@@ -206,7 +221,7 @@ def _converted(network: FoldedNetwork, form: str, number: int | None, opset: int
     else:
         spec = network.input_spec()
         shape = spec.shape.as_list()
-        if not any(layer.timesteps is not None for layer in network.neuron_layers.values()):
+        if _takes_frames(network):
             shape[1] = number
         specs = {network.input_name: tf.TensorSpec(shape, spec.dtype, name=network.input_name)}
 
@@ -267,10 +282,10 @@ def _tidy(proto: Any, network: FoldedNetwork, form: str) -> None:
         sizes = value.type.tensor_type.shape.dim
         if sizes:
             sizes[0].dim_param = "batch"
-    for value in graph.input:
-        sizes = value.type.tensor_type.shape.dim
-        if form == "loop" and not sizes[1].HasField("dim_value"):
-            sizes[1].dim_param = "time"
+    if form == "loop" and _takes_frames(network):
+        time = graph.input[0].type.tensor_type.shape.dim[1]
+        if not time.HasField("dim_value"):
+            time.dim_param = "time"
 
 
 def _describe(

@@ -16,6 +16,8 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 SPIKES = "spikes/"
 """What the names of tensors with spikes begin with."""
 
@@ -166,7 +168,7 @@ def sink_transposes(model: Any) -> None:
     from onnx import helper, numpy_helper
 
     graph = model.graph
-    single = {x.name for x in graph.initializer if numpy_helper.to_array(x).size == 1}
+    constants = {x.name: numpy_helper.to_array(x) for x in graph.initializer}
     fixed = {each.name for each in graph.output} | _captured(graph)
     nodes = list(graph.node)
     number = 0
@@ -176,29 +178,42 @@ def sink_transposes(model: Any) -> None:
         perms = {node.output[0]: (_perm(node), node.input[0]) for node in nodes if node.op_type == "Transpose"}
         result: list[Any] = []
         renamed: dict[str, str] = {}
+
+        def source_of(name: str, perms: Any = perms, renamed: Any = renamed) -> str:
+            source = perms[name][1]
+            return renamed.get(source, source)
+
         for node in nodes:
             node.input[:] = [renamed.get(name, name) for name in node.input]
-            perm = _common_perm(node, perms, single)
+            perm = _common_perm(node, perms, constants)
             if perm is None or any(name in fixed for name in node.output):
                 result.append(node)
                 continue
             changed = True
             if node.op_type == "Transpose":
                 # Undoes the one before it, or makes one with it.
-                inner, source = perms[node.input[0]]
-                both = [inner[axis] for axis in perm]
+                source = source_of(node.input[0])
+                both = [perms[node.input[0]][0][axis] for axis in perm]
                 if both == sorted(both):
                     renamed[node.output[0]] = source
                     continue
                 result.append(helper.make_node("Transpose", [source], list(node.output), name=node.name, perm=both))
                 continue
-            node.input[:] = [perms[name][1] if name in perms else name for name in node.input]
+            for index, name in enumerate(node.input):
+                if name in perms:
+                    node.input[index] = source_of(name)
+                elif node.op_type in _ELEMENTWISE and constants[name].size > 1:
+                    number += 1
+                    node.input[index] = f"{name}__moved_{number}"
+                    value = constants[name].reshape((1,) * (len(perm) - constants[name].ndim) + constants[name].shape)
+                    constants[node.input[index]] = np.ascontiguousarray(value.transpose(np.argsort(perm)))
+                    graph.initializer.append(numpy_helper.from_array(constants[node.input[index]], node.input[index]))
             if node.op_type in ("Concat", "Split"):
                 next(each for each in node.attribute if each.name == "axis").i = perm[_axis(node)]
             result.append(node)
             for index, name in enumerate(node.output):
                 number += 1
-                moved = f"{name}__channels_first_{number}"
+                moved = f"{name}__moved_{number}"
                 node.output[index] = moved
                 result.append(helper.make_node("Transpose", [moved], [name], name=f"sunk_{number}", perm=perm))
         nodes = result
@@ -208,19 +223,24 @@ def sink_transposes(model: Any) -> None:
     _keep_used_initializers(graph)
 
 
-def _common_perm(node: Any, perms: dict[str, tuple[list[int], str]], single: set[str]) -> list[int] | None:
+def _common_perm(
+    node: Any, perms: dict[str, tuple[list[int], str]], constants: dict[str, np.ndarray]
+) -> list[int] | None:
     """The permutation that all inputs of a node have gone through, if it may as well come after the node."""
     if node.op_type == "Transpose":
         return _perm(node) if node.input[0] in perms else None
-    names = [name for name in node.input if name and name not in single]
-    if node.op_type == "Split":
-        names = names[:1]
-    elif node.op_type != "Concat" and node.op_type not in _ELEMENTWISE:
+    if node.op_type in ("Concat", "Split"):
+        names = node.input[:1] if node.op_type == "Split" else node.input
+        if _axis(node) < 0:
+            return None
+    elif node.op_type in _ELEMENTWISE:
+        names = [name for name in node.input if name not in constants]
+    else:
         return None
     found = [perms[name][0] for name in names if name in perms]
     if not found or len(found) != len(names) or any(each != found[0] for each in found):
         return None
-    if node.op_type in ("Concat", "Split") and _axis(node) < 0:
+    if any(constants[name].ndim > len(found[0]) for name in node.input if name in constants):
         return None
     return found[0]
 

@@ -2,7 +2,7 @@
 
 A kernel is rounded as the layers of `keras_dsr.layers.quantized` round it, to q step with one step for each output
 channel. `quantized_copy` makes of a model with float kernels one whose layers do so. In an ONNX file each q is an int8
-tensor, 4-bit ones too, and a DequantizeLinear node makes of it what Conv or MatMul takes.
+tensor, 4-bit ones too, outputs first, and a DequantizeLinear node makes of it what Conv or MatMul takes.
 """
 
 from __future__ import annotations
@@ -101,10 +101,6 @@ class Kernels:
         self._bits: dict[int, tuple[keras.layers.Layer, int]] = {}
         self.rounded: list[Kernel] = []
 
-    def __bool__(self) -> bool:
-        """Whether there are such."""
-        return bool(self._bits)
-
     def add(self, layer: keras.layers.Layer, bits: int) -> None:
         """Says that this layer's kernel is to be rounded."""
         self._bits[id(layer)] = layer, bits
@@ -180,57 +176,53 @@ def store_as_integers(model: Any, kernels: Kernels) -> None:
     graph = model.graph
     floats = {x.name: numpy_helper.to_array(x) for x in graph.initializer}
     missing = {kernel.layer for kernel in kernels.rounded}
-    made: dict[str, list[Any]] = {}
-    for node in graph.node:
-        name = node.input[1] if node.op_type in ("Conv", "MatMul", "Gemm") else ""
-        if name in made or name not in floats:
+    nodes: list[Any] = []
+    tensors: dict[str, list[Any]] = {}
+    for user in graph.node:
+        name = user.input[1] if user.op_type in ("Conv", "MatMul", "Gemm") else ""
+        if name in tensors or name not in floats:
             continue
+        turned = user.op_type != "Conv" and not any(each.name == "transB" and each.i for each in user.attribute)
+        found = floats[name].T if turned else floats[name]
         for kernel in kernels.rounded:
-            q, axis = _laid_out(node, kernel.q)
-            step = _step_of(floats[name], q, axis)
+            q = kernel.q.transpose(kernel.q.ndim - 1, kernel.q.ndim - 2, *range(kernel.q.ndim - 2))
+            step = _step_of(found, q)
             if step is None:
                 continue
             missing.discard(kernel.layer)
-            # Steps are above 0; a normalization may turn the sign.
-            shape = [-1 if each == axis else 1 for each in range(q.ndim)]
-            q = np.where(step.reshape(shape) < 0, -q, q).astype(q.dtype)
-            parts = [
-                numpy_helper.from_array(np.ascontiguousarray(q), f"{name}_q"),
-                numpy_helper.from_array(np.where(step == 0, 1, np.abs(step)).astype("float32"), f"{name}_step"),
-            ]
-            inputs = [part.name for part in parts]
-            made[name] = [*parts, helper.make_node("DequantizeLinear", inputs, [name], name=f"{name}_dq", axis=axis)]
+            # Steps are above 0; what was multiplied in may not be.
+            q = q * np.where(step < 0, -1, 1).reshape(-1, *[1] * (q.ndim - 1))
+            whole = numpy_helper.from_array(np.ascontiguousarray(q.astype(kernel.q.dtype)), f"{name}_q")
+            steps = numpy_helper.from_array(np.where(step == 0, 1, np.abs(step)).astype("float32"), f"{name}_step")
+            tensors[name] = [whole, steps]
+            made = f"{name}_turned" if turned else name
+            inputs = [whole.name, steps.name]
+            nodes.append(helper.make_node("DequantizeLinear", inputs, [made], name=f"{name}_dq", axis=0))
+            if turned:
+                # ONNX Runtime would round what comes in, too, if a MatMul took dequantized weights as they are.
+                nodes.append(helper.make_node("Transpose", [made], [name], name=f"{name}_turn", perm=[1, 0]))
             break
     if missing:
         raise ValueError(f"The kernels of these layers cannot be exported as whole numbers: {sorted(missing)}.")
-    kept = [x for x in graph.initializer if x.name not in made]
-    nodes = [*(parts[2] for parts in made.values()), *graph.node]
-    initializers = [*kept, *(part for parts in made.values() for part in parts[:2])]
-    for field, values in ((graph.initializer, initializers), (graph.node, nodes)):
+    kept = [x for x in graph.initializer if x.name not in tensors]
+    for field, values in (
+        (graph.initializer, [*kept, *(x for pair in tensors.values() for x in pair)]),
+        (graph.node, [*nodes, *graph.node]),
+    ):
         copies = [type(value).FromString(value.SerializeToString()) for value in values]
         del field[:]
         field.extend(copies)
 
 
-def _laid_out(node: Any, q: np.ndarray) -> tuple[np.ndarray, int]:
-    """Whole numbers in the layout of an ONNX operator, and the axis of its outputs."""
-    if node.op_type == "Conv":
-        return (np.transpose(q, (3, 2, 0, 1)) if q.ndim == 4 else q), 0
-    transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
-    return (q.T, 0) if transposed else (q, q.ndim - 1)
-
-
-def _step_of(kernel: np.ndarray, q: np.ndarray, axis: int) -> np.ndarray | None:
-    """The step of each output channel that makes the kernel of whole numbers; `None` if there are none such."""
+def _step_of(kernel: np.ndarray, q: np.ndarray) -> np.ndarray | None:
+    """The step of each output channel, the first axis, that makes the kernel of whole numbers; `None` if none does."""
     if kernel.shape != q.shape:
         return None
-    others = tuple(each for each in range(q.ndim) if each != axis)
+    flat, whole = (x.astype("float64").reshape(len(q), -1) for x in (kernel, q))
     # Where q is largest the quotient is most exact.
-    wide = q.astype("float64")
-    flat, whole = (np.moveaxis(x, axis, 0).reshape(q.shape[axis], -1) for x in (kernel.astype("float64"), wide))
     largest = np.argmax(np.abs(whole), axis=1)[:, None]
     top = np.take_along_axis(whole, largest, axis=1)[:, 0]
     step = np.take_along_axis(flat, largest, axis=1)[:, 0] / np.where(top == 0, 1, top)
     step = step.astype("float32").astype("float64")
     off = np.abs(flat - whole * step[:, None]).max(axis=1)
-    return step if (off <= 1e-6 * np.abs(flat).max(axis=1)).all() and others else None
+    return step if (off <= 1e-6 * np.abs(flat).max(axis=1)).all() else None

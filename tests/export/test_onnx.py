@@ -233,6 +233,20 @@ def test_bad_input(make, settings, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "float64", "mixed_float16"])
+def test_precision(policy, tmp_path):
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = models.small_cnn((2,), layers.IFSpike(1.0), timesteps=2)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    if policy == "mixed_float16":
+        assert OnnxRuntime(export_onnx(model, tmp_path / "half.onnx", verify=False)).outputs[0] == "logits"
+        return
+    with pytest.raises(ValueError, match=r"Layer .* computes in (bfloat16|float64): build the model with"):
+        export_onnx(model, tmp_path / "model.onnx")
+
+
 def test_bad_paths(tmp_path):
     with pytest.raises(ValueError, match=r"ends in .onnx. Received '.*model.pb'"):
         export_onnx(frames_of(3), tmp_path / "model.pb")

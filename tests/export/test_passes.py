@@ -52,6 +52,17 @@ GRAPHS = {
         [node("Transpose", "x", "a", perm=LAST), node("Transpose", "a", "b", perm=LAST), node("Neg", "b", "y")],
         "Transpose Neg",
     ),
+    "one_after_another": (
+        [
+            node("Transpose", "x", "a", perm=LAST),
+            node("Transpose", "a", "b", perm=FIRST),
+            node("Transpose", "b", "c", perm=LAST),
+            node("Relu", "c", "d"),
+            node("Transpose", "d", "e", perm=FIRST),
+            node("Add", "e b", "y"),
+        ],
+        "Relu Add",
+    ),
     "element_by_element": (
         [
             node("Transpose", "x", "a", perm=LAST),
@@ -83,14 +94,15 @@ GRAPHS = {
         ],
         "Split Concat Neg",
     ),
-    "a_constant_for_each_channel_stays": (
+    "constants_for_each_channel": (
         [
             node("Transpose", "x", "a", perm=LAST),
             node("Mul", "a channels", "b"),
-            node("Transpose", "b", "c", perm=FIRST),
-            node("Neg", "c", "y"),
+            node("Sub", "rows b", "c"),
+            node("Transpose", "c", "d", perm=FIRST),
+            node("Neg", "d", "y"),
         ],
-        "Transpose Mul Transpose Neg",
+        "Mul Sub Neg",
     ),
     "another_layout_stays": (
         [node("Transpose", "x", "a", perm=[0, 1, 3, 2]), node("Neg", "a", "b"), node("Neg", "b", "y")],
@@ -98,7 +110,11 @@ GRAPHS = {
     ),
     "an_output_stays": ([node("Transpose", "x", "a", perm=LAST), node("Relu", "a", "y")], "Transpose Relu"),
 }
-CONSTANTS = {"half": np.float32(0.5), "channels": np.arange(3, dtype="float32")}
+CONSTANTS = {
+    "half": np.float32(0.5),
+    "channels": np.arange(3, dtype="float32"),
+    "rows": np.arange(4, dtype="float32").reshape(4, 1, 1),
+}
 
 
 @pytest.mark.parametrize("name", GRAPHS)
