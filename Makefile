@@ -25,7 +25,7 @@ bench: .venv/installed-dev
 	$(PYTHON) -m venv .venv
 
 .venv/installed: .venv/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[export]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[export,serve]'
 	touch $@
 
 .venv/installed-dev: .venv/bin/python pyproject.toml

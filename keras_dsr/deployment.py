@@ -194,9 +194,10 @@ def deploy(
         ImportError: if a package of the extra `export` is not installed.
     """
     folder = base / given.name
-    version = export.export_saved_model(
+    placed = export.export_saved_model(
         given.model, folder, preprocessing=given.preprocessing, examples=given.examples, about=given.about
     )
+    version = folder / placed.name
     files = []
     for form in onnx:
         suffix = "" if form == "unrolled" else f"-{form}"

@@ -21,6 +21,7 @@ from keras_dsr.export.onnx import export_onnx
 from keras_dsr.export.runtimes import OnnxRuntime, OpenVino
 from keras_dsr.export.saved_model import export_saved_model
 from keras_dsr.export.verify import Report, Row, VerificationError, verify
+from keras_dsr.export.weights import quantized_copy
 
 __all__ = [
     "SIGNATURES",
@@ -34,5 +35,6 @@ __all__ = [
     "VerificationError",
     "export_onnx",
     "export_saved_model",
+    "quantized_copy",
     "verify",
 ]
