@@ -18,7 +18,7 @@ import numpy as np
 
 from keras_dsr import export, models, runs, training
 from keras_dsr.data.parts import DataSet
-from keras_dsr.export import Preprocessing, Report
+from keras_dsr.export import Preprocessing, Report, tf_serving
 from keras_dsr.export.functions import Network
 from keras_dsr.files import replacing
 from keras_dsr.models import presets
@@ -240,10 +240,10 @@ def verify(given: Source, folder: Path, onnx: Sequence[Path] = ()) -> Report:
     if given.examples is None:
         raise ValueError("To verify takes real inputs. Say where the data set is, with data_dir.")
     if not (folder / "saved_model.pb").is_file():
-        versions = [path for path in folder.glob("*") if path.name.isdigit() and path.is_dir()]
+        versions = tf_serving.versions(folder)
         if not versions:
             raise FileNotFoundError(f"There is no version of a SavedModel in {folder}: no folder named by a number.")
-        folder = max(versions, key=lambda path: int(path.name))
+        folder = folder / str(versions[-1])
     beside = [path for path in folder.parent.glob("*.onnx") if re.fullmatch(rf"{folder.name}(-\w+)?", path.stem)]
     return export.verify(
         given.model,

@@ -181,8 +181,6 @@ def train(
     if tensorboard:
         _check_tensorboard()
     augmentation = Augmentation(recipe.augmentation, padding=recipe.padding, cutout=recipe.cutout)
-    if tensorboard:
-        _check_tensorboard()
     folder.mkdir(parents=True, exist_ok=True)
     with runs.locked(folder):
         runs.open_folder(recipe, folder)
@@ -290,18 +288,19 @@ def _run_stage(
         jit_compile=True if worth else "auto",
     )
     done = 0
+    last = plan.number == len(_plans(recipe)) - 1
     if state["stage"] == plan.number:
         checkpoints.restore(folder / "checkpoint.npz", model)
         done = state["epoch"]
     elif weights is not None:
         model.set_weights(weights)
-        state["calibrated"] = _accuracy(model, loaded, loaded.validation)
+        if last:
+            state["calibrated"] = _accuracy(model, loaded, loaded.validation)
         state["best"] = [0, -1.0]
     if not state["rows"]:
         state["initial_thresholds"] = firing.thresholds(model)
 
     callbacks: list[keras.callbacks.Callback] = [CheckFinite()]
-    last = plan.number == len(_plans(recipe)) - 1
     callbacks.append(_Keeper(folder, plan, state, keep_best=last and recipe.selection == "best"))
     if tensorboard:
         callbacks.append(keras.callbacks.TensorBoard(folder / "tensorboard" / plan.name, write_graph=False))

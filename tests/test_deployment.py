@@ -85,7 +85,7 @@ def test_another_network_is_not_what_was_exported(deployed, run):
 
 
 @pytest.mark.parametrize("name", ["vgg5-nmnist", "vgg5-poker_dvs"])
-def test_presets_can_be_exported(name):
+def test_presets_have_all_that_an_export_wants_but_examples(name):
     given = deployment.source(name)
     assert given.name == name
     assert given.preprocessing is None, "frames of events are counts"

@@ -32,6 +32,8 @@ from keras_dsr.export.weights import with_stock_layers
 from keras_dsr.layers import Add, BatchNormalization, SpikeRep, Synapse, ToStream, ToTensor
 from keras_dsr.layers.base import StreamLayer
 from keras_dsr.layers.neurons import SpikingNeuron
+from keras_dsr.layers.quantized import QuantizedConv2D, QuantizedDense
+from keras_dsr.layers.synapse import AFFINE_LAYERS
 
 # The weight that a factor of the input can be multiplied into.
 _KERNELS: dict[type[keras.layers.Layer], str] = {
@@ -48,28 +50,8 @@ _KERNELS: dict[type[keras.layers.Layer], str] = {
     layers.SeparableConv1D: "depthwise_kernel",
     layers.SeparableConv2D: "depthwise_kernel",
 }
-# What a factor passes through: layers without weights, of which each output is a weighted mean of inputs, or 0.
-_LINEAR = (
-    layers.AveragePooling1D,
-    layers.AveragePooling2D,
-    layers.AveragePooling3D,
-    layers.GlobalAveragePooling1D,
-    layers.GlobalAveragePooling2D,
-    layers.GlobalAveragePooling3D,
-    layers.ZeroPadding1D,
-    layers.ZeroPadding2D,
-    layers.ZeroPadding3D,
-    layers.Cropping1D,
-    layers.Cropping2D,
-    layers.Cropping3D,
-    layers.UpSampling1D,
-    layers.UpSampling2D,
-    layers.UpSampling3D,
-    layers.Flatten,
-    layers.Reshape,
-    layers.Permute,
-    layers.Identity,
-)
+# What a factor passes through: affine layers without weights, of which each output is a weighted mean of inputs, or 0.
+_LINEAR = tuple(kind for kind in AFFINE_LAYERS if kind not in (*_KERNELS, QuantizedConv2D, QuantizedDense))
 
 
 @dataclasses.dataclass(frozen=True)

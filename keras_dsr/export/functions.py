@@ -192,8 +192,7 @@ class Network:
 
             return call
 
-        # Through the model once in the ordinary way, for the answer is that of `run` to the bit; what does not differ
-        # is computed once when TensorFlow optimises the graph.
+        # The model's own layers, called as the model calls them: the answer is that of `run`.
         output = graph.walk(self.model, self._prepared(x), watch)
         return self._answer(output), spikes
 
