@@ -147,8 +147,10 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         "# Serving: latency and throughput",
         "",
-        f"`python benchmarks/serving.py --calls {results['calls']}`, {about['cores']} cores of {about['processor']}, "
-        f"{about['date']}; medians over the calls of one run, all forms in turn.",
+        f"`python benchmarks/serving.py --network {' '.join(results['networks'])} --calls {results['calls']}`, "
+        f"{about['cores']} cores of {about['processor']}, {about['date']}; medians over the calls of one run, all forms "
+        "in turn. Of larger batches there are fewer calls, as many fewer as they are larger, but 20: their p99 is the "
+        "slowest call.",
     ]
     for name, batches in results["networks"].items():
         lines += [
