@@ -148,9 +148,8 @@ def table(results: dict[str, Any]) -> str:
         "# Serving: latency and throughput",
         "",
         f"`python benchmarks/serving.py --network {' '.join(results['networks'])} --calls {results['calls']}`, "
-        f"{about['cores']} cores of {about['processor']}, {about['date']}; medians over the calls of one run, all forms "
-        "in turn. Of larger batches there are fewer calls, as many fewer as they are larger, but 20: their p99 is the "
-        "slowest call.",
+        f"{about['cores']} cores of {about['processor']}, {about['date']}; medians over the calls of one run, all "
+        "forms in turn. A larger batch has so many times fewer calls, at least 20: its p99 is about its slowest call.",
     ]
     for name, batches in results["networks"].items():
         lines += [
