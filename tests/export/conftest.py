@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import json
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
+import golden_networks
 import keras
 import numpy as np
 import pytest
@@ -116,31 +116,9 @@ def exported(tmp_path_factory, build) -> Callable[[str], Exported]:
 
 
 @pytest.fixture(scope="session")
-def golden(golden_dir) -> Callable[[str], tuple]:
-    """By name: a golden network, its golden values, and inputs."""
-    path = Path(__file__).parents[1] / "models" / "test_golden.py"
-    spec = importlib.util.spec_from_file_location("golden_networks", path)
-    networks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(networks)
-
-    def make(name: str):
-        case = json.loads((golden_dir / f"{name}.json").read_text())
-        arrays = dict(np.load(golden_dir / f"{name}.npz"))
-        case["layers"] = [networks.layer_name(layer) for layer in case["neuron_layers"]]
-        if "resnet" in name:
-            model = models.preact_resnet(18, networks.neuron_of(case), case["timesteps"])
-            x = arrays["x"].transpose(0, 2, 3, 1)
-        else:
-            x = arrays["x"].transpose(0, 1, 3, 4, 2)
-            model = models.vgg(11, networks.neuron_of(case), input_shape=x.shape[1:])
-        weights = {networks.short(w.path): w for w in model.weights}
-        norms = {spec["name"].rsplit(".", 1)[0] for spec in case["parameters"] if spec["kind"] == "gamma"}
-        for parameter in case["parameters"]:
-            weight = weights[networks.weight_name(parameter["name"], parameter["name"].rsplit(".", 1)[0] in norms)]
-            weight.assign(networks.to_keras(networks.make_parameter(parameter, case["setting"])))
-        return model, case, arrays, x.astype("float32")
-
-    return make
+def golden(golden_dir) -> Callable[[str], golden_networks.Network]:
+    """By name: a golden network."""
+    return functools.partial(golden_networks.network, golden_dir)
 
 
 @pytest.fixture(scope="session")

@@ -315,7 +315,8 @@ GOLDEN = [
 @pytest.mark.parametrize(("name", "form", "fold"), GOLDEN)
 def test_golden_networks(name, form, fold, golden, tmp_path):
     """Networks whose sums are exact: the spikes are those of the reference implementation, each of them."""
-    model, case, arrays, x = golden(name)
+    network = golden(name)
+    model, arrays, x = network.model, network.arrays, network.x
     path = export_onnx(model, tmp_path / "golden.onnx", form=form, fold_thresholds=fold, verify=False)
     report = verify(model, x, onnx=[path], flip_budget=0)
     assert report.passed, [row.reason for row in report.rows]
@@ -326,7 +327,7 @@ def test_golden_networks(name, form, fold, golden, tmp_path):
     if form == "step":
         return
     answer, spikes = OnnxRuntime(path).traced({inputs(path)[0]: x})
-    for expected, layer in zip(arrays["eval_spike_counts_per_step"], case["layers"], strict=True):
+    for expected, layer in zip(arrays["eval_spike_counts_per_step"], network.layers, strict=True):
         fired = spikes[layer] != 0
         np.testing.assert_array_equal(fired.sum(axis=(0, *range(2, fired.ndim))), expected, err_msg=layer)
     np.testing.assert_allclose(answer["logits"], arrays["eval_output"], rtol=1e-5, atol=1e-5)

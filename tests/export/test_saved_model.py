@@ -109,7 +109,8 @@ def test_warm_up_requests_are_requests(name, exported):
 @pytest.mark.parametrize("name", ["preact_resnet18_if", "vgg11_if"])
 def test_golden_networks_have_every_spike(name, golden, tmp_path):
     """All numbers are dyadic, so that sums are exact in any order: not one spike may differ."""
-    model, case, arrays, x = golden(name)
+    network = golden(name)
+    model, arrays, x = network.model, network.arrays, network.x
     version = export_saved_model(model, tmp_path / name, examples=x[:2])
     told = json.loads((version / "assets.extra/card.json").read_text())["verification"]
     assert [row["form"] for row in told["rows"]] == ["serving_default", "trace", "step", "step, interleaved"]
@@ -120,7 +121,7 @@ def test_golden_networks_have_every_spike(name, golden, tmp_path):
     assert told["silent"] == []
     with Session(version) as session:
         traced = session.run("trace", {told_input(version): x})
-    for layer, expected in zip(case["layers"], arrays["eval_spike_counts_per_step"], strict=True):
+    for layer, expected in zip(network.layers, arrays["eval_spike_counts_per_step"], strict=True):
         np.testing.assert_array_equal(traced[f"{layer}_spikes"].sum(0), expected, err_msg=layer)
     np.testing.assert_allclose(traced["logits"], arrays["eval_output"], rtol=1e-5, atol=1e-5)
 

@@ -4,146 +4,30 @@ from __future__ import annotations
 
 import json
 import math
-import re
 
+import golden_networks
 import helpers
 import keras
 import numpy as np
 import pytest
 
-import keras_dsr
 from keras_dsr import backend, layers
 from keras_dsr.stream import Stream
 
-NETWORKS = ["preact_resnet18_if", "preact_resnet18_lif", "vgg11_if", "vgg11_lif"]
-BLOCKS = ["block_if_static", "block_if_events", "block_lif_static", "block_lif_events"]
 
-
-def dyadic(shape, seed, scale, bits):
-    values = np.random.RandomState(seed).randn(*shape) * scale
-    return (np.round(values * 2.0**bits) / 2.0**bits).astype("float32")
-
-
-def make_parameter(spec, setting):
-    shape, seed = spec["shape"], spec["seed"]
-    if spec["kind"] == "kernel":
-        value = dyadic(shape, seed, 1 / math.sqrt(math.prod(shape[1:])), 8)
-    elif spec["kind"] in ("bias_or_beta", "running_mean"):
-        value = dyadic(shape, seed, 0.25, 6)
-    elif spec["kind"] == "gamma":
-        value = (2.0 ** np.random.RandomState(seed).randint(-1, 2, shape)).astype("float32")
-    elif spec["kind"] == "running_var":
-        value = np.full(shape, np.float32(1) - np.float32(1e-5), "float32")
-    else:
-        return np.float32(setting["Vth"])  # `values_sum` of the LIF networks' thresholds is that of the IF networks
-    np.testing.assert_allclose(np.sum(value, dtype="float64"), spec["values_sum"], rtol=1e-5, atol=1e-5)
-    return value
-
-
-def neuron_of(case):
-    setting = case["setting"]
-    common = {"threshold": setting["Vth"], "alpha": setting["alpha"], "threshold_lower_bound": setting["Vth_bound"]}
-    if case["neuron"] == "if":
-        return layers.IFSpike(**common)
-    return layers.LIFSpike(tau=setting["tau"], dt=setting["delta_t"], **common)
-
-
-RESNET_NAMES = {
-    "conv1": "stem_conv",
-    "bn1": "final_bn",
-    "relu1": "final_neuron",
-    "relu2": "pool_neuron",
-    "linear": "head_dense",
-    "bn2": "head_bn",
-    "relu3": "head_neuron",
-}
-
-
-def layer_name(golden: str) -> str:
-    """What our network calls the layer that the golden network calls so."""
-    block = re.fullmatch(r"layer(\d)\.(\d)\.(\w+)", golden)
-    if block and not block[3].isdigit():
-        part = block[3].replace("relu", "neuron")
-        return f"stage{block[1]}_block{int(block[2]) + 1}_{part}"
-    group = re.fullmatch(r"layer(\d)\.(\d)", golden)
-    if group:
-        index, kind = divmod(int(group[2]), 4)
-        return f"group{group[1]}_{index + 1}_{('conv', 'bn', 'neuron')[kind]}"
-    if golden.startswith("classifier"):
-        return {"1": "head_dense", "2": "head_bn", "3": "head_neuron"}[golden.split(".")[1]]
-    return RESNET_NAMES[golden]
-
-
-LEAVES = {
-    "bias": "bias",
-    "Vth": "threshold",
-    "running_mean": "moving_mean",
-    "running_var": "moving_variance",
-}
-
-
-def weight_name(golden: str, is_norm: bool) -> str:
-    layer, leaf = golden.rsplit(".", 1)
-    leaf = {"weight": "gamma", "bias": "beta"}.get(leaf, LEAVES.get(leaf)) if is_norm else LEAVES.get(leaf, "kernel")
-    return f"{layer_name(layer)}/{leaf}"
-
-
-def to_keras(value):
-    """A PyTorch parameter in Keras's layout; the VGG's classifier summed over its 7x7 equal places."""
-    if value.ndim == 4:
-        return value.transpose(2, 3, 1, 0)
-    if value.ndim == 2:
-        if value.shape[1] == 25088:
-            value = value.reshape(value.shape[0], 512, 49).sum(-1)
-        return value.T
-    return value
-
-
-def to_golden(gradient, shape):
-    """A gradient of ours in PyTorch's layout."""
-    if gradient.ndim == 4:
-        return gradient.transpose(3, 2, 0, 1)
-    if gradient.ndim == 2:
-        gradient = gradient.T
-        if tuple(gradient.shape) != tuple(shape):
-            gradient = np.repeat(gradient[:, :, None], 49, axis=2).reshape(shape)
-    return gradient
-
-
-def short(path: str) -> str:
-    """Layer and weight of a path: without the synapse around the layer."""
-    return "/".join(path.split("/")[-2:])
-
-
-@pytest.fixture(scope="module", params=NETWORKS)
+@pytest.fixture(scope="module", params=golden_networks.NETWORKS)
 def network(request, golden_dir):
-    case = json.loads((golden_dir / f"{request.param}.json").read_text())
-    arrays = dict(np.load(golden_dir / f"{request.param}.npz"))
-    if "resnet" in request.param:
-        model = keras_dsr.models.preact_resnet(18, neuron_of(case), case["timesteps"])
-        x = arrays["x"].transpose(0, 2, 3, 1)
-    else:
-        x = arrays["x"].transpose(0, 1, 3, 4, 2)
-        model = keras_dsr.models.vgg(11, neuron_of(case), input_shape=x.shape[1:])
-    weights = {short(w.path): w for w in model.weights}
-    norms = {spec["name"].rsplit(".", 1)[0] for spec in case["parameters"] if spec["kind"] == "gamma"}
-    names = {}
-    for spec in case["parameters"]:
-        name = weight_name(spec["name"], spec["name"].rsplit(".", 1)[0] in norms)
-        weights.pop(name).assign(to_keras(make_parameter(spec, case["setting"])))
-        names[spec["name"]] = name
-    assert not weights, f"no golden value for {sorted(weights)}"
-    return case, arrays, model, x.astype("float32"), names
+    return golden_networks.network(golden_dir, request.param)
 
 
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 def test_spikes_of_whole_networks(network, jit):
-    case, arrays, model, x, _ = network
+    case, arrays, model, x = network.case, network.arrays, network.model, network.x
     trains = helpers.spike_trains(model, x, jit=jit)
-    assert set(trains) == {layer_name(golden) for golden in case["neuron_layers"]}
+    assert set(trains) == {golden_networks.layer_name(golden) for golden in case["neuron_layers"]}
     flipped = total = 0
     for index, golden in enumerate(case["neuron_layers"]):
-        train = trains[layer_name(golden)] != 0
+        train = trains[golden_networks.layer_name(golden)] != 0
         per_step = train.sum(axis=(0, *range(2, train.ndim)))
         expected = arrays["eval_spike_counts_per_step"][index]
         if case["neuron"] == "if":
@@ -159,7 +43,7 @@ def gradients(case, arrays, model, x, jit):
     loss, output, grads, _ = helpers.model_grads(
         model, x, lambda logits: helpers.cross_entropy(arrays["labels"], logits), training=False, jit=jit
     )
-    return loss, output, {short(path): gradient for path, gradient in grads.items()}
+    return loss, output, {golden_networks.short(path): gradient for path, gradient in grads.items()}
 
 
 def trained_parameters(case):
@@ -168,7 +52,7 @@ def trained_parameters(case):
 
 def assert_golden_gradient(gradient, spec, arrays, index, tolerance=1e-4):
     """The norm, the sum and the first 16 entries are all that the golden file has of a gradient."""
-    gradient = to_golden(gradient, spec["shape"])
+    gradient = golden_networks.to_golden(gradient, spec["shape"])
     norm = float(arrays["eval_grad_l2"][index])
     head = np.zeros(16)
     head[: min(16, gradient.size)] = gradient.reshape(-1)[:16]
@@ -182,14 +66,14 @@ def assert_golden_gradient(gradient, spec, arrays, index, tolerance=1e-4):
 
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 def test_gradients_of_whole_if_networks(network, jit):
-    case, arrays, model, x, names = network
+    case, arrays, model, x = network.case, network.arrays, network.model, network.x
     if case["neuron"] != "if":
         pytest.skip("the LIF networks have a test of their own")
     loss, output, grads = gradients(case, arrays, model, x, jit)
     np.testing.assert_allclose(output, arrays["eval_output"], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(loss, arrays["eval_loss"], rtol=1e-5)
     for index, spec in enumerate(trained_parameters(case)):
-        assert_golden_gradient(grads.pop(names[spec["name"]]), spec, arrays, index)
+        assert_golden_gradient(grads.pop(network.names[spec["name"]]), spec, arrays, index)
     assert not grads
 
 
@@ -199,7 +83,7 @@ def test_gradients_of_whole_lif_networks(network, monkeypatch):
     Those are made again here, to compare whole kernels: they average spikes evenly over time, and weight the readout's
     cotangent a second time.
     """
-    case, arrays, model, x, names = network
+    case, arrays, model, x = network.case, network.arrays, network.model, network.x
     if case["neuron"] != "lif":
         pytest.skip("the IF networks have a test of their own")
     loss, output, ours = gradients(case, arrays, model, x, jit=False)
@@ -219,7 +103,7 @@ def test_gradients_of_whole_lif_networks(network, monkeypatch):
     cosines = {}
     twice = case["timesteps"] * np.sum(helpers.neuron_layers(model)[-1].coding.weights(case["timesteps"]) ** 2)
     for index, spec in enumerate(trained_parameters(case)):
-        name = names[spec["name"]]
+        name = network.names[spec["name"]]
         if spec["kind"] == "kernel":
             assert_golden_gradient(twice * theirs[name], spec, arrays, index, tolerance=1e-3)
             cosines[spec["name"]] = helpers.cosine(ours[name], theirs[name])
@@ -230,7 +114,7 @@ def test_gradients_of_whole_lif_networks(network, monkeypatch):
 
 def block_model(case, features):
     """The small network of the blocks, with public layers."""
-    prototype = neuron_of(case)
+    prototype = golden_networks.neuron_of(case)
     static = case["static_input"]
 
     def neuron(name, timesteps=None):
@@ -265,7 +149,7 @@ def block_layout(name, value):
 
 
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize("tag", BLOCKS)
+@pytest.mark.parametrize("tag", golden_networks.BLOCKS)
 def test_training_mode_blocks(tag, jit, golden_dir):
     case = json.loads((golden_dir / f"{tag}.json").read_text())
     arrays = dict(np.load(golden_dir / f"{tag}.npz"))
@@ -275,9 +159,9 @@ def test_training_mode_blocks(tag, jit, golden_dir):
     def name_of(golden):
         layer, leaf = golden.rsplit(".", 1)
         table = {"weight": "gamma", "bias": "beta"} if layer.startswith("bn") else {"weight": "kernel"}
-        return f"{layer}/{({**LEAVES, **table})[leaf]}"
+        return f"{layer}/{({**golden_networks.LEAVES, **table})[leaf]}"
 
-    weights = {short(w.path): w for w in model.weights}
+    weights = {golden_networks.short(w.path): w for w in model.weights}
     for golden in case["parameters"]:
         weights[name_of(golden)].assign(block_layout(golden, arrays[f"param__{golden}"]))
 
@@ -285,7 +169,7 @@ def test_training_mode_blocks(tag, jit, golden_dir):
     _, _, grads, after = helpers.model_grads(
         model, x, lambda logits: helpers.cross_entropy(labels, logits), training=True, jit=jit
     )
-    grads = {short(path): gradient for path, gradient in grads.items()}
+    grads = {golden_networks.short(path): gradient for path, gradient in grads.items()}
     assert len(grads) == len(case["parameters"])
     for golden in case["parameters"]:
         received = grads[name_of(golden)]
@@ -303,7 +187,7 @@ def test_training_mode_blocks(tag, jit, golden_dir):
     # PyTorch keeps the variance of a sample, n / (n - 1) times Keras's, of all that it pools.
     steps, batch = case["timesteps"], x.shape[0]
     places = {"bn1": x.shape[-2] * x.shape[-3], "bn2": (x.shape[-2] // 2) * (x.shape[-3] // 2), "bn3": 1}
-    after = {short(path): value for path, value in after.items()}
+    after = {golden_networks.short(path): value for path, value in after.items()}
     for norm, count in places.items():
         pooled = steps * batch * count
         np.testing.assert_allclose(
