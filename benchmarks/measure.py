@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -67,17 +68,18 @@ def median_of(runs: list[dict[str, float]]) -> dict[str, float]:
 
 
 def machine() -> dict[str, Any]:
-    """What a figure depends on: processor, cores, versions, date."""
+    """What a figure depends on: processor, cores, versions of what is installed, date."""
     model = "unknown"
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    packages = ("keras", "tensorflow", "jax", "numpy")
+    packages = ("keras", "tensorflow", "jax", "numpy", "onnxruntime", "openvino")
+    installed = [name for name in packages if importlib.util.find_spec(name)]
     return {
         "processor": model,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": {name: importlib.metadata.version(name) for name in installed},
         "date": datetime.date.today().isoformat(),
     }
 

@@ -155,6 +155,7 @@ def load(seconds: float, clients: int, folder: Path) -> tuple[dict, list[Tally]]
     publish(versions / "1", base)
     images = np.random.default_rng(0).random((64, 28, 28, 1), "float32")
     environment = {**os.environ, "KERAS_BACKEND": "tensorflow"}
+    stopping = threading.Event()
     with subprocess.Popen(
         [sys.executable, "-c", SERVE, str(base)],
         stdout=subprocess.PIPE,
@@ -168,14 +169,13 @@ def load(seconds: float, clients: int, folder: Path) -> tuple[dict, list[Tally]]
                 results = overhead(versions / "1", grpc, images)
                 print(", ".join(f"{name} {value:.2f}" for name, value in results.items()))
                 expected = watcher.predict(images)["logits"]
-                stopping = threading.Event()
                 tallies = [Tally() for _ in range(clients)]
                 askers = [
                     Client(grpc if number % 2 else rest, NAME, transport="grpc" if number % 2 else "rest", retries=0)
                     for number in range(clients)
                 ]
                 threads = [
-                    threading.Thread(target=ask, args=(asker, images, expected, tally, number, stopping))
+                    threading.Thread(target=ask, args=(asker, images, expected, tally, number, stopping), daemon=True)
                     for number, (asker, tally) in enumerate(zip(askers, tallies, strict=True))
                 ]
                 for thread in threads:
@@ -196,6 +196,7 @@ def load(seconds: float, clients: int, folder: Path) -> tuple[dict, list[Tally]]
                 asker.close()
             results["exit_status"] = process.wait(60)
         finally:
+            stopping.set()  # after a failure, too, so that the threads end
             process.kill()
     return results, tallies
 

@@ -26,9 +26,13 @@ LEVELS = {
     "models": 4,
     "analysis": 4,
     "checkpoints": 4,
+    "data": 4,
+    "optimizers": 4,
     "recipes": 5,
     "runs": 6,
     "training": 7,
+    "export": 7,
+    "serving": 7,
     "experiments": 8,
     "deployment": 8,
     "tuning": 8,
@@ -112,8 +116,8 @@ def test_imports_run_one_way(module):
     others -= {part, "__version__"}
     if part in ALLOWED:
         assert others <= ALLOWED[part], f"{module} imports {sorted(others - ALLOWED[part])}"
-    elif part in LEVELS:
-        above = {other for other in others if other in LEVELS and LEVELS[other] >= LEVELS[part]}
+    else:
+        above = {other for other in others if LEVELS[other] >= LEVELS[part]}
         assert not above, f"{module} imports {sorted(above)}, which stand above it or beside it"
 
 

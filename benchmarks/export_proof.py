@@ -1,0 +1,161 @@
+"""Whether what is exported does as the network in Keras does, on real inputs: every form, spike by spike.
+
+    python benchmarks/export_proof.py --images DATA --events DATA
+    python benchmarks/export_proof.py --network digits --examples 64
+
+Each network is exported as a SavedModel and as ONNX in its three forms, and `keras_dsr.export.verify` compares all of
+them with Keras on the same inputs: those of the test part, and of the training part where that has too few.
+
+The digits' network is trained whole, and presets are as they ship. PreAct-ResNet-18 and VGG-11 are trained only until
+they fire on what they see (`--updates` updates of the representation network, then calibrated thresholds): the proof
+asks that numbers are equal, not that they are good.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from measure import machine, write
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A network to prove.
+
+    Args:
+        recipe: What it is made by; or the name of a preset.
+        settings: That differ from the recipe's.
+        data: Which folder its data set is in: "images" or "events"; `None` if it needs none.
+    """
+
+    recipe: str
+    settings: dict[str, str] = dataclasses.field(default_factory=dict)
+    data: str | None = None
+
+
+_FRAMES = {"depth": "11", "widths": "", "size": "48,48", "timesteps": "5"}
+CASES = {
+    "digits": Case("digits"),
+    "preact_resnet18-if": Case("cifar10-if-n5", data="images"),
+    "preact_resnet18-lif": Case("cifar10-lif-n5", data="images"),
+    "vgg11-if": Case("nmnist", _FRAMES, "events"),
+    "vgg11-lif": Case("nmnist", {**_FRAMES, "neuron": "lif"}, "events"),
+    "preact_resnet20-cifar10": Case("preact_resnet20-cifar10", data="images"),
+    "vgg5-nmnist": Case("vgg5-nmnist", data="events"),
+}
+FORMS = ("unrolled", "loop", "step")
+
+
+def network(case: Case, folders: dict[str, Path | None], count: int, updates: int) -> tuple[Any, Any, np.ndarray]:
+    """A model, what makes its inputs of those that clients send, and such inputs."""
+    import keras
+
+    from keras_dsr import deployment, models, recipes, training
+    from keras_dsr.export import Preprocessing
+
+    data_dir = folders.get(case.data)
+    if case.recipe not in recipes.RECIPES:
+        given = deployment.source(case.recipe, data_dir=data_dir, examples=count)
+        return given.model, given.preprocessing, given.examples
+
+    recipe = recipes.get(case.recipe).with_settings(case.settings)
+    keras.utils.set_random_seed(0)
+    loaded = training.load(recipe, data_dir=data_dir)
+    if case.data is None:
+        with tempfile.TemporaryDirectory() as folder:
+            training.train(recipe, Path(folder) / "run", verbose=0)
+            model = keras.models.load_model(Path(folder) / "run" / "model.keras")
+    else:
+        batches = loaded.training_batches(64, seed=0, epochs=1).take(updates)
+        representation = recipe.build(loaded.classes, loaded.input_shape, timesteps=0)
+        training.compile_model(representation, recipe, updates)
+        representation.fit(batches, verbose=0)
+        models.calibrate_thresholds(representation, batches.take(4).as_numpy_iterator(), 99)
+        model = recipe.build(loaded.classes, loaded.input_shape)
+        model.set_weights(representation.get_weights())
+    parts = [loaded.stored_batches(part, 32, seed=0) for part in (loaded.test, loaded.train)]
+    x = np.concatenate([x for x, _ in parts[0].concatenate(parts[1]).take(-(-count // 32)).as_numpy_iterator()])[:count]
+    images = x.ndim == 4
+    preprocessing = Preprocessing(loaded.mean, loaded.std, "uint8") if images else None
+    return model, preprocessing, x.astype("uint8" if images else "float32")
+
+
+def prove(model: Any, preprocessing: Any, x: np.ndarray, batch_size: int) -> Any:
+    """The report on everything that can be exported of a model."""
+    from keras_dsr.export import export_onnx, export_saved_model, verify
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        version = export_saved_model(model, folder / "network", preprocessing=preprocessing, examples=x[:2])
+        files = [
+            export_onnx(model, folder / f"{form}.onnx", form=form, preprocessing=preprocessing, verify=False)
+            for form in FORMS
+        ]
+        return verify(model, x, saved_model=version, onnx=files, preprocessing=preprocessing, batch_size=batch_size)
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results in Markdown."""
+    about = results["machine"]
+    lines = [
+        "# Exported networks against Keras",
+        "",
+        f"`{results['command']}`, {about['cores']} cores of {about['processor']}, {about['date']}.",
+        "",
+        "| network | inputs | form | runtime | logits | flipped spikes | same class | verdict |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, report in results["networks"].items():
+        for row in report["rows"]:
+            difference = "not finite" if row["max_difference"] is None else f"{row['max_difference']:.1e}"
+            if row["flipped"] is not None:
+                spikes = f"{row['flipped']:,} of {row['spikes']:,}"
+            else:
+                spikes = "" if row["count_differences"] is None else f"{row['count_differences']:,} in counts"
+            agreement = "" if row["top1_agreement"] is None else f"{row['top1_agreement']:.1%}"
+            lines.append(
+                f"| {name} | {row['examples']} | {row['form']} | {row['runtime']} | "
+                f"{'bit-equal' if row['bit_equal'] else difference} | {spikes} | {agreement} | "
+                f"{'passed' if row['passed'] else 'failed: ' + row['reason']} |"
+            )
+    silent = {name: report["silent"] for name, report in results["networks"].items() if report["silent"]}
+    lines += ["", f"Neuron layers that never fired: {silent or 'none'}."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=tuple(CASES), nargs="+", default=list(CASES))
+    parser.add_argument("--images", type=Path, help="where CIFAR-10 is (default: $KERAS_DSR_DATA)")
+    parser.add_argument("--events", type=Path, help="where N-MNIST is (default: $KERAS_DSR_DATA)")
+    parser.add_argument("--examples", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--updates", type=int, default=20)
+    options = parser.parse_args()
+
+    results: dict[str, Any] = {
+        "machine": machine(),
+        "command": f"python benchmarks/export_proof.py --network {' '.join(options.network)} "
+        f"--examples {options.examples}",
+        "networks": {},
+    }
+    folders = {"images": options.images, "events": options.events}
+    for name in options.network:
+        started = time.perf_counter()
+        model, preprocessing, x = network(CASES[name], folders, options.examples, options.updates)
+        report = prove(model, preprocessing, x, options.batch_size)
+        results["networks"][name] = dataclasses.asdict(report)
+        print(f"{name}: {'passed' if report.passed else 'FAILED'} in {time.perf_counter() - started:.0f} s", flush=True)
+        text = table(results)
+        write("export_proof", results, text)  # after each, since they take minutes
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
