@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -138,8 +139,9 @@ class Network:
         return [layer_name(name) for name in self.case["neuron_layers"]]
 
 
+@functools.cache
 def network(folder: Path, name: str) -> Network:
-    """One of `NETWORKS`, of the golden values in a folder."""
+    """One of `NETWORKS`, of the golden values in a folder; the same each time, so not to be changed."""
     case = json.loads((folder / f"{name}.json").read_text())
     arrays = dict(np.load(folder / f"{name}.npz"))
     if "resnet" in name:

@@ -189,5 +189,5 @@ def test_what_else_the_process_made_does_not_matter(written):
     for _ in range(2):
         keras.layers.Dropout(0.5), keras.layers.Dense(3)
         restore(path, network())
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
     restore(path, network())

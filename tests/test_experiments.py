@@ -9,6 +9,9 @@ import pytest
 
 from keras_dsr import experiments, recipes, training
 
+# JAX compiles for minutes, to the same end.
+pytestmark = pytest.mark.tensorflow_only
+
 FAST = {"epochs": "1", "timesteps": "2", "widths": "4"}
 
 

@@ -184,6 +184,7 @@ def test_hybrid_training_goes_from_calibrated_thresholds_on_with_spikes(hybrid):
     assert (hybrid / "best.npz").exists()
 
 
+@TENSORFLOW_ONLY  # what JAX computes there is tested with the layers
 def test_quantized_passes_come_between(tmp_path, monkeypatch):
     built = []
     build = Recipe.build
@@ -215,13 +216,23 @@ def test_quantized_passes_come_between(tmp_path, monkeypatch):
         training.train(TINY, tmp_path, verbose=0)
 
 
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory):
+    """A recipe with quantized passes, and the folder of a run that nothing stopped."""
+    recipe = dataclasses.replace(TINY, hybrid_epochs=1, hybrid_quantized_epochs=2, epochs=1)
+    folder = tmp_path_factory.mktemp("quantized")
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_what_resumes_nothing(patch)
+        training.train(recipe, folder, verbose=0)
+    return recipe, folder
+
+
 @TENSORFLOW_ONLY
 @pytest.mark.parametrize("number", [2, 3])
 def test_a_run_that_was_stopped_around_quantized_passes_ends_as_if_it_had_not_been(
-    number, tmp_path, monkeypatch, quick
+    number, tmp_path, monkeypatch, quick, quantized
 ):
-    recipe = dataclasses.replace(TINY, hybrid_epochs=1, hybrid_quantized_epochs=2, epochs=1)
-    training.train(recipe, tmp_path / "unbroken", verbose=0)
+    recipe, unbroken = quantized
     save, calls = checkpoints.save, []
 
     def stop(path, model, state):
@@ -233,16 +244,20 @@ def test_a_run_that_was_stopped_around_quantized_passes_ends_as_if_it_had_not_be
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "save", stop)
         with pytest.raises(KeyboardInterrupt):
-            training.train(recipe, tmp_path / "stopped", verbose=0)
-    training.train(recipe, tmp_path / "stopped", verbose=0)
-    assert_equal_runs(tmp_path / "stopped", tmp_path / "unbroken")
+            training.train(recipe, tmp_path, verbose=0)
+    training.train(recipe, tmp_path, verbose=0)
+    assert_equal_runs(tmp_path, unbroken)
+
+
+def leave_out_what_resumes_nothing(monkeypatch):
+    """Leaves out figures and firing rates, which have no part in what a run resumes."""
+    monkeypatch.setattr(training, "_draw", lambda *arguments: None)
+    monkeypatch.setattr(training, "_rates", lambda *arguments: {})
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Leaves out figures and firing rates, which have no part in what a run resumes."""
-    monkeypatch.setattr(training, "_draw", lambda *arguments: None)
-    monkeypatch.setattr(training, "_rates", lambda *arguments: {})
+    leave_out_what_resumes_nothing(monkeypatch)
 
 
 class Stopped(BaseException):
