@@ -75,7 +75,7 @@ class Recipe:
         hybrid_percentile: Of the activations, which becomes the threshold; 100 for the maximum.
         hybrid_quantized_epochs: Passes after that, still as representation network, in which neurons put out what
             `timesteps` steps of a constant current give: weights learn to live with the quantization error (Eqs. 18 and
-            21) at the cost of an ANN. 0 for none.
+            21), and with thresholds that stay as they were calibrated, at the cost of an ANN. 0 for none.
         hybrid_quantized_learning_rate: Largest learning rate of those passes; optimizer and weight decay are those of
             the passes before.
         seed: Seed of weights, order, augmentation and dropout.
@@ -191,7 +191,8 @@ class Recipe:
         """A neuron layer with this recipe's settings, which `keras_dsr.models` give to all neurons of a network.
 
         Args:
-            representation_steps: As in the layer.
+            representation_steps: As in the layer. Thresholds do not train then: they would grow to what suits a
+                constant current, and the larger a spike, the more it matters when it comes.
 
         Raises:
             ValueError: if a setting is out of range.
@@ -199,7 +200,7 @@ class Recipe:
         settings: dict[str, Any] = {
             "threshold": self.threshold,
             "alpha": self.alpha,
-            "trainable_threshold": self.train_threshold,
+            "trainable_threshold": self.train_threshold and representation_steps is None,
             "threshold_lower_bound": self.threshold_lower_bound,
             # SGD decays thresholds as it does all weights.
             "threshold_l2": 0.0,
@@ -522,11 +523,11 @@ _OURS = (
         summary="PreAct-ResNet-20 on CIFAR-10, IF, N = 6, hybrid training: hours on a CPU",
         depth=20,
         timesteps=6,
-        epochs=2,
-        learning_rate=0.02,
+        epochs=10,
+        learning_rate=0.03,
         hybrid_epochs=26,
-        hybrid_percentile=99.5,
-        hybrid_quantized_epochs=8,
+        hybrid_percentile=95.0,
+        hybrid_quantized_epochs=3,
     ),
     Recipe(
         name="nmnist",

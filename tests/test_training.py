@@ -209,9 +209,10 @@ def test_quantized_passes_come_between(tmp_path, monkeypatch):
     assert last.get_layer("neuron1").representation_steps is None
     saved = 3 * summary.stages[2].seconds - summary.stages[0].seconds - summary.stages[1].seconds
     assert summary.seconds_saved == pytest.approx(saved)
-    # Thresholds are calibrated for the quantized passes, and go on training from there.
-    before, after = (float(row["threshold_neuron1"]) for row in rows[1:3])
-    assert before != after
+    # Thresholds are calibrated for the quantized passes, stay, and go on training with spikes.
+    before, calibrated, after = (float(row["threshold_neuron1"]) for row in rows[1:4])
+    assert before != calibrated != after
+    assert [model.get_layer("neuron1").threshold.trainable for model in (first, quantized, last)] == [True, False, True]
     with pytest.raises(ValueError, match="hybrid_quantized_epochs"):
         training.train(TINY, tmp_path, verbose=0)
 
