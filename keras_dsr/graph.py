@@ -15,14 +15,14 @@ Call = Callable[..., Any]
 
 
 def walk(model: keras.Model, inputs: Any, replace: Callable[[str, Any], Call], prefix: str = "") -> Any:
-    """Runs a model's graph with another function in place of each of its layers and operations.
+    """Runs a model's graph, in inference, with another function in place of each of its layers and operations.
 
     Args:
         model: A functional or Sequential model.
         inputs: What stands for its inputs; need not be tensors.
         replace: From the name of a layer and the layer itself to the function that is called in its place, with what
-            the layer would be called with. A layer within a sub-model has the sub-model's name, and "_", before its
-            own. For sub-models themselves it is not asked.
+            the layer would be called with: `training=False` too, for layers. A layer within a sub-model has the
+            sub-model's name, and "_", before its own. For sub-models themselves it is not asked.
         prefix: Put before all names.
 
     Returns:
@@ -35,17 +35,50 @@ def walk(model: keras.Model, inputs: Any, replace: Callable[[str, Any], Call], p
     def function(operation: Any) -> Call:
         if isinstance(operation, (keras.Sequential, keras.Model)):
             return lambda inputs, **_: walk(operation, inputs, replace, f"{prefix}{operation.name}_")
-        return replace(f"{prefix}{operation.name}", operation)
+        call = replace(f"{prefix}{operation.name}", operation)
+        if not isinstance(operation, keras.Layer):
+            return call
+        # As model(inputs, training=False) does, whatever the graph says: some layers train unless they are told.
+        return lambda *args, **kwargs: call(*args, **{**kwargs, "training": False})
 
-    return _functional(model)._run_through_graph(inputs, operation_fn=function)
+    return functional(model)._run_through_graph(inputs, operation_fn=function)
 
 
-def _functional(model: keras.Model) -> Any:
-    if isinstance(model, keras.Sequential) and model.built:
-        model = model._functional
-    if not hasattr(model, "_run_through_graph"):
+def calls(model: keras.Model) -> list[tuple[str, Any, Any]]:
+    """The layers and operations of a model, those of sub-models too, in the order in which they run.
+
+    Args:
+        model: A functional or Sequential model.
+
+    Returns:
+        For each call the name, as `walk` has it; the layer or operation; and its first argument, in symbolic tensors.
+
+    Raises:
+        ValueError: if the model has no graph.
+    """
+    found = []
+
+    def note(name: str, operation: Any) -> Call:
+        def call(inputs: Any = None, *_: Any, **__: Any) -> Any:
+            found.append((name, operation, inputs))
+            return operation.output
+
+        return call
+
+    walk(model, functional(model).inputs, note)
+    return found
+
+
+def functional(model: keras.Model) -> Any:
+    """The functional model that has a model's graph: itself, or what a Sequential one is made of.
+
+    Raises:
+        ValueError: if the model has no graph.
+    """
+    found = model._functional if isinstance(model, keras.Sequential) and model.built else model
+    if not hasattr(found, "_run_through_graph"):
         raise ValueError(
             f"Model {model.name!r} is not a functional model, or a Sequential one that is built: its layers cannot be "
             "told apart. Make one with keras.Model(inputs, outputs)."
         )
-    return model
+    return found

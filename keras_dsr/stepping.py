@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_dsr import backend, graph
@@ -48,9 +47,13 @@ class Stepper:
             static tensors and on single time steps, any Keras layers. A layer that mixes time steps gives something
             else than in the whole model.
 
+    Attributes:
+        takes_frames: Whether it runs on one frame after another, or on a static input.
+        timesteps: Number of time steps of the whole model; `None` for any.
+
     Raises:
         ValueError: if the model has no spiking layers, or no time steps; or a size other than batch and time is not
-            fixed; or a layer of another's takes streams.
+            fixed; or a layer of another's takes streams; or one that has a state is used twice.
 
     Example:
 
@@ -68,13 +71,15 @@ class Stepper:
     """
 
     def __init__(self, model: keras.Model) -> None:
+        graph.functional(model)  # raises, if it is none
         if len(model.inputs) != 1 or len(model.outputs) != 1:
             raise ValueError(
                 "A model runs step by step if it has one input and one output. Received model "
                 f"{model.name!r} with {len(model.inputs)} inputs and {len(model.outputs)} outputs."
             )
         self.model = model
-        self.takes_frames, self.timesteps = _time(model)
+        self.takes_frames = takes_frames(model)
+        self.timesteps = _timesteps(model)
         shape = tuple(model.inputs[0].shape)[2 if self.takes_frames else 1 :]
         if None in shape:
             raise ValueError(
@@ -85,9 +90,14 @@ class Stepper:
         self._coded: frozenset[str] | None = None
         # One step of nothing, for what it takes along.
         first = _Moment(None, None)
-        self._run(np.zeros((1, *shape), keras.backend.standardize_dtype(model.inputs[0].dtype)), first)
+
+        def found(inputs: Any) -> list[Any]:
+            self._run(inputs, first)
+            return list(first.found().values())
+
+        like = backend.specs(found, (1, *shape), keras.backend.standardize_dtype(model.inputs[0].dtype))
         self._coded = frozenset(first.coded)
-        self._like = {name: (tuple(x.shape[1:]), keras.backend.standardize_dtype(x.dtype)) for name, x in first.found()}
+        self._like = {name: (size[1:], dtype) for name, (size, dtype) in zip(first.found(), like, strict=True)}
 
     @property
     def state(self) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -127,8 +137,20 @@ class Stepper:
         return output if not isinstance(output, (list, tuple)) else output[0]
 
 
-def _time(model: keras.Model) -> tuple[bool, int | None]:
-    """Whether a model takes frames, and its number of time steps, where that is known."""
+def takes_frames(model: keras.Model) -> bool:
+    """Whether a model's input has a time axis; if not, a neuron makes time steps of what is static.
+
+    Args:
+        model: A functional or Sequential model.
+    """
+    return not any(
+        isinstance(layer, SpikingNeuron) and layer.timesteps is not None and not _is_pair(inputs)
+        for _, layer, inputs in graph.calls(model)
+    )
+
+
+def _timesteps(model: keras.Model) -> int | None:
+    """A model's number of time steps, where it is known."""
     neurons = neurons_of(model)
     if not neurons:
         raise ValueError(f"Model {model.name!r} has no spiking layers (IFSpike, LIFSpike): it has no time steps.")
@@ -141,8 +163,7 @@ def _time(model: keras.Model) -> tuple[bool, int | None]:
         )
     if len(steps) > 1:
         raise ValueError(f"The layers of model {model.name!r} have different numbers of time steps: {sorted(steps)}.")
-    static = any(neuron.timesteps for neuron in neurons)
-    return not static, next(iter(steps), None) if static else model.inputs[0].shape[1]
+    return next(iter(steps), model.inputs[0].shape[1])
 
 
 class _Moment:
@@ -163,13 +184,13 @@ class _Moment:
         self.known = coded
         self.coded: set[str] = set()
 
-    def found(self) -> list[tuple[str, Any]]:
+    def found(self) -> dict[str, Any]:
         """The parts of the state that are needed, after a first step."""
-        return [
-            (name, x)
+        return {
+            name: x
             for name, x in self.after.items()
             if name.startswith("potential_") or name.split("_", 1)[1] in self.coded
-        ]
+        }
 
     def replace(self, name: str, layer: Any) -> Callable[..., Any]:
         """What is called in the place of a layer."""
@@ -207,7 +228,7 @@ class _Moment:
             decay=neuron.coding.decay,
             scale=neuron.scale,
         )
-        self.after[f"potential_{name}"] = potential
+        self._keep(f"potential_{name}", potential)
         self._code(name, count, weight)
         self.spikes[name] = output
         output = ops.expand_dims(output, 1)
@@ -226,15 +247,26 @@ class _Moment:
     def _mean(self, name: str, decay: float, x: Any) -> Any:
         """r of all steps so far, for tensors that are no spikes."""
         features = tuple(x.shape[1:])
-        total = self._previous(f"count_{name}", features, x, x.dtype) * decay + x
-        weight = self._previous(f"weight_{name}", (1,) * len(features), x, x.dtype) * decay + 1
+        # In half precision a sum would soon be too large for what is added to it.
+        wide = keras.backend.result_type(x.dtype, "float32")
+        total = self._previous(f"count_{name}", features, x, wide) * decay + ops.cast(x, wide)
+        weight = self._previous(f"weight_{name}", (1,) * len(features), x, wide) * decay + 1
         self._code(name, total, weight)
-        return total / weight
+        return ops.cast(total / weight, x.dtype)
 
     def _code(self, name: str, count: Any, weight: Any) -> None:
         if self.known is None or name in self.known:
-            self.after[f"count_{name}"] = count
-            self.after[f"weight_{name}"] = weight
+            self._keep(f"count_{name}", count)
+            self._keep(f"weight_{name}", weight)
+
+    def _keep(self, part: str, value: Any) -> None:
+        if part in self.after:
+            raise ValueError(
+                f"A layer has one state, so it can run once in a time step. The state {part!r} comes twice: the layer "
+                "or its sub-model is used twice, or two layers have this name. Use a layer of its own for each place, "
+                "with its own name."
+            )
+        self.after[part] = value
 
     def _asked(self, name: str, representation: Any) -> Callable[[], Any]:
         def ask() -> Any:

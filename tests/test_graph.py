@@ -22,6 +22,34 @@ def test_layers_in_their_own_place_give_the_model():
     assert np.array_equal(np.asarray(graph.walk(model, x, lambda name, layer: layer)), 2 * x)
 
 
+def test_layers_are_called_in_inference():
+    """Those of image augmentation train unless they are told; so do layers that have such within."""
+
+    class Mine(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.inner = keras.layers.RandomTranslation(0.5, 0.5)
+
+        def call(self, inputs):
+            return self.inner(inputs)
+
+    image = keras.Input((4, 4, 1))
+    moved = Mine()(keras.layers.RandomTranslation(0.5, 0.5)(image))
+    model = keras.Model(image, keras.layers.Dropout(0.5)(moved, training=True))
+    x = np.random.default_rng(0).normal(size=(2, 4, 4, 1)).astype("float32")
+    assert np.array_equal(np.asarray(graph.walk(model, x, lambda name, layer: layer)), x)
+    assert np.array_equal(np.asarray(model(x, training=False)), x)
+
+
+def test_calls_are_in_order_with_what_layers_are_called_with():
+    found = graph.calls(doubled())
+    assert [name for name, *_ in found] == ["first", "part_within", "sum"]
+    assert [layer.name for _, layer, _ in found] == ["first", "within", "sum"]
+    inputs = [inputs for *_, inputs in found]
+    assert inputs[0].shape == (None, 3)
+    assert len(inputs[2]) == 2
+
+
 def test_names_of_layers_within_sub_models_start_with_the_sub_models():
     names = []
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -135,3 +137,10 @@ def check_finite(value: jax.Array, message: str) -> jax.Array:
 def register_structure(cls: type) -> None:
     """Makes a pytree of a class whose objects can be taken apart by `tuple` and made by `cls(*parts)`."""
     jax.tree_util.register_pytree_node(cls, lambda x: (tuple(x), None), lambda _, parts: cls(*parts))
+
+
+def specs(
+    function: Callable[[jax.Array], list[jax.Array]], shape: tuple[int, ...], dtype: str
+) -> list[tuple[tuple[int, ...], str]]:
+    """Shape and dtype of what a function gives, without running it: see `keras_dsr.backend.tensorflow.specs`."""
+    return [(x.shape, x.dtype.name) for x in jax.eval_shape(function, jax.ShapeDtypeStruct(shape, dtype))]

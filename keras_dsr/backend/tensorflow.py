@@ -1,9 +1,11 @@
-"""`carry`, `simulate`, `step`, `batch_norm` and `check_finite` on TensorFlow.
+"""The backend's operations on TensorFlow.
 
 The time loop is unrolled or a `tf.while_loop` over a `TensorArray`: both export to SavedModel, ONNX and LiteRT.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import tensorflow as tf
 
@@ -219,3 +221,17 @@ def check_finite(value: tf.Tensor, message: str) -> tf.Tensor:
 
 def register_structure(cls: type) -> None:
     """Nothing to do: TensorFlow looks into dataclasses that have `__tf_flatten__`."""
+
+
+def specs(
+    function: Callable[[tf.Tensor], list[tf.Tensor]], shape: tuple[int, ...], dtype: str
+) -> list[tuple[tuple[int, ...], str]]:
+    """Shape and dtype of each of the tensors that a function of one tensor gives, without running it.
+
+    Args:
+        function: What is asked.
+        shape: Of what it would be called with.
+        dtype: Of what it would be called with.
+    """
+    traced = tf.function(function, autograph=False).get_concrete_function(tf.TensorSpec(shape, dtype))
+    return [(tuple(x.shape), x.dtype.name) for x in traced.structured_outputs]

@@ -131,7 +131,7 @@ class _Neuron:
     def __init__(self, neuron: SpikingNeuron, dtype: tf.DType, binary: bool) -> None:
         self.binary = binary
         self.coding = neuron.coding
-        self.wide = dtype if dtype.size >= 4 else tf.float32
+        self.wide = _wide(dtype)
         self._threshold = _constant(neuron.threshold)
         self._settings = {"alpha": neuron.alpha, "decay": neuron.coding.decay, "scale": neuron.scale}
         self.worth = self._threshold.astype(self.wide.as_numpy_dtype) * self.wide.as_numpy_dtype(neuron.scale)
@@ -260,7 +260,9 @@ class _Walk:
 
     def _represent(self, name: str, coding: Coding, values: Any) -> Any:
         """r of a tensor (batch, time, ...), with the steps before it."""
-        return coding.represent(values) if self.before is None else self._mean(name, coding, [values[:, 0]])
+        if self.before is None:
+            return coding.represent(values)
+        return tf.cast(self._mean(name, coding, [tf.cast(values[:, 0], _wide(values.dtype))]), values.dtype)
 
     def _source(self, name: str, layer: ToStream, inputs: Any) -> Any:
         values = tf.cast(_tensor(inputs), layer.compute_dtype)
@@ -274,7 +276,14 @@ class _Walk:
     def _apply(self, layer: StreamLayer, inputs: Any) -> Any:
         pairs = inputs if isinstance(inputs[0], (list, tuple)) else [inputs]  # a list of streams, or one
         values = self._values(layer, [self._steps(pair[0]) for pair in pairs])
-        return [values, lambda: layer.infer_representation(*(_tensor(pair[1]) for pair in pairs))]
+
+        def represented() -> Any:
+            parts = [_tensor(pair[1]) for pair in pairs]
+            if isinstance(layer, Synapse):
+                return self._affine(layer.layer, parts[0], None)[0]
+            return layer.infer_representation(*parts)
+
+        return [values, represented]
 
     def _values(self, layer: StreamLayer, values: Sequence[Steps]) -> Steps:
         first = values[0]
@@ -327,6 +336,11 @@ def _constant(variable: keras.Variable) -> np.ndarray:
         return np.array(tf.convert_to_tensor(variable))
 
 
+def _wide(dtype: tf.DType) -> tf.DType:
+    """The dtype to sum up in: float32, or wider."""
+    return dtype if dtype.size >= 4 else tf.float32
+
+
 def _joined(steps: Sequence[tf.Tensor]) -> tf.Tensor:
     return steps[0] if len(steps) == 1 else tf.concat(steps, axis=0)
 
@@ -354,7 +368,7 @@ def _normalized(layer: BatchNormalization, x: tf.Tensor) -> tf.Tensor:
     """
     if layer.axis not in (-1, x.shape.rank - 1):
         return layer.infer_representation(x)
-    wide = x.dtype if x.dtype.size >= 4 else tf.float32
+    wide = _wide(x.dtype)
     factor = tf.math.rsqrt(tf.cast(layer.moving_variance, wide) + layer.epsilon)
     if layer.scale:
         factor *= tf.cast(layer.gamma, wide)

@@ -12,19 +12,24 @@ names, and outputs by the names with `next_` before.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_dsr import graph
 from keras_dsr.layers.neurons import SpikingNeuron
-from keras_dsr.stepping import Stepper
+from keras_dsr.stepping import Stepper, takes_frames
 
 SIGNATURES = ("serving_default", "step", "initial_state", "trace")
+
+# What Keras calls an input that was given no name, before and after the model was saved.
+_UNNAMED = re.compile(r"(keras_tensor|input_layer)(_\d+)?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +37,13 @@ class Preprocessing:
     """Makes of what a client has what the model was trained on: (x - mean) / std, channel by channel.
 
     Args:
-        mean: To subtract, for each channel (the last axis), or one number for all.
+        mean: To subtract, for each channel (the last axis), or one number for all; a sequence or an array.
         std: To divide by; above 0.
-        dtype: What clients send: "uint8" for images of bytes, or another.
+        dtype: What clients send: "uint8" for images of bytes, or another type of whole numbers or floats.
 
     Raises:
-        ValueError: if the numbers do not fit each other, are not finite, or one of `std` is not above 0.
+        ValueError: if the numbers do not fit each other, are not finite, or one of `std` is not above 0; or there is
+            no such type.
     """
 
     mean: tuple[float, ...]
@@ -45,11 +51,24 @@ class Preprocessing:
     dtype: str = "uint8"
 
     def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            # Whatever kind of array they come in: cards and metadata are JSON.
+            numbers = np.ravel(np.asarray(getattr(self, name), "float64"))
+            object.__setattr__(self, name, tuple(numbers.tolist()))
         if len(self.mean) != len(self.std) or not self.mean:
             raise ValueError(f"There is one mean and one std a channel. Received mean={self.mean}, std={self.std}.")
         if not all(math.isfinite(x) for x in (*self.mean, *self.std)) or min(self.std) <= 0:
             raise ValueError(f"mean and std are finite, and std is above 0. Received mean={self.mean}, std={self.std}.")
-        tf.dtypes.as_dtype(self.dtype)
+        try:
+            dtype = tf.dtypes.as_dtype(self.dtype)
+        except TypeError:
+            dtype = None
+        if dtype is None or not (dtype.is_integer or dtype.is_floating):
+            raise ValueError(
+                "dtype is the name of a type of whole numbers or floats, such as 'uint8' or 'float32'. Received "
+                f"dtype={self.dtype!r}."
+            )
+        object.__setattr__(self, "dtype", dtype.name)
 
     def __call__(self, x: Any) -> tf.Tensor:
         """The normalised input, float32."""
@@ -76,6 +95,7 @@ class Network:
                 f"Export needs Keras on TensorFlow. It runs on {keras.backend.backend()!r}: save the model as .keras, "
                 "and load it for export where KERAS_BACKEND=tensorflow."
             )
+        graph.functional(model)  # raises, if it is none
         if len(model.inputs) != 1 or len(model.outputs) != 1:
             raise ValueError(
                 f"A model with one input and one output can be exported. Received {model.name!r} with "
@@ -117,20 +137,23 @@ class Network:
         return dict(self._neurons())
 
     def _neurons(self) -> list[tuple[str, SpikingNeuron]]:
-        found: list[tuple[str, SpikingNeuron]] = []
+        calls = graph.calls(self.model)
+        return [(identifier(name), layer) for name, layer, _ in calls if isinstance(layer, SpikingNeuron)]
 
-        def note(name: str, layer: Any) -> Callable[..., Any]:
-            if isinstance(layer, SpikingNeuron):
-                found.append((identifier(name), layer))
-            return lambda *_, **__: keras.tree.map_structure(lambda _: None, layer.output)
-
-        graph.walk(self.model, [None], note)
-        return found
+    @functools.cached_property
+    def takes_frames(self) -> bool:
+        """Whether the input has a time axis, of frames; if not, it is static."""
+        return takes_frames(self.model)
 
     @property
     def input_name(self) -> str:
-        """What the input is called, such as `image` or `frames`."""
-        return identifier(self.model.inputs[0].name)
+        """What the input is called; without a name of its own `frames` or, if it is static, `image` or `input`."""
+        tensor = self.model.inputs[0]
+        if not _UNNAMED.fullmatch(tensor.name):
+            return identifier(tensor.name)
+        if self.takes_frames:
+            return "frames"
+        return "image" if len(tensor.shape) == 4 else "input"
 
     @property
     def input_dtype(self) -> str:
@@ -142,7 +165,7 @@ class Network:
     @property
     def step_input_name(self) -> str:
         """What the input of one time step is called."""
-        return "frame" if self.stepper.takes_frames else self.input_name
+        return "frame" if self.takes_frames else self.input_name
 
     @property
     def state(self) -> dict[str, tuple[tuple[int, ...], str]]:

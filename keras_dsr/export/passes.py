@@ -115,8 +115,10 @@ def scan_neurons(model: Any) -> None:
 
     graph = model.graph
     nodes = []
+    loops = {node.name for node in graph.node if node.op_type == "Loop" and LOOP in node.name}
+    kinds = _kinds(model) if loops else {}
     for node in graph.node:
-        if node.op_type != "Loop" or LOOP not in node.name:
+        if node.name not in loops:
             nodes.append(node)
             continue
         body = next(attribute.g for attribute in node.attribute if attribute.name == "body")
@@ -138,14 +140,14 @@ def scan_neurons(model: Any) -> None:
             wanted |= {after[index] for index in new}
         states.sort()
         types = {each.name: each.type for each in (*body.input, *body.output, *body.value_info)}
+        types |= {each.output[0]: helper.make_tensor_type_proto(kinds[each.input[0]], None) for each in sources}
         outputs = [*(after[index] for index in states), *after[len(carried) :]]
         inputs = [*(carried[index] for index in states), *(each.output[0] for each in sources)]
-        kind = types[carried[states[0]]]
         scan = helper.make_graph(
             [each for index, each in enumerate(inner) if index in used],
             body.name,
-            [helper.make_value_info(name, types.get(name, kind)) for name in inputs],
-            [helper.make_value_info(name, types.get(name, kind)) for name in outputs],
+            [helper.make_value_info(name, types[name]) for name in inputs],
+            [helper.make_value_info(name, types[name]) for name in outputs],
             [x for x in body.initializer if x.name in found],
         )
         nodes.append(
@@ -161,6 +163,18 @@ def scan_neurons(model: Any) -> None:
     _replace(graph.node, nodes)
     _replace(graph.node, _alive(list(graph.node), [each.name for each in graph.output]))
     _keep_used_initializers(graph)
+
+
+def _kinds(model: Any) -> dict[str, int]:
+    """The type of the elements of each tensor, as ONNX numbers types: the converter does not say it."""
+    import onnx
+
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    values = (*graph.input, *graph.value_info, *graph.output)
+    return {
+        **{each.name: each.type.tensor_type.elem_type for each in values},
+        **{each.name: each.data_type for each in graph.initializer},
+    }
 
 
 def sink_transposes(model: Any) -> None:

@@ -31,7 +31,7 @@ class Tensor:
 
 
 def check_inputs(title: str, expected: Mapping[str, Tensor], tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The inputs as arrays that lie in memory row by row.
+    """The inputs as arrays that lie in memory row by row, in the machine's byte order.
 
     Args:
         title: What takes them, for the error.
@@ -39,7 +39,7 @@ def check_inputs(title: str, expected: Mapping[str, Tensor], tensors: Mapping[st
         tensors: What it is called with, by name.
 
     Raises:
-        ValueError: if a name, a dtype or a shape is another.
+        ValueError: if a name, a dtype or a shape is another, or inputs of any size have different numbers of samples.
     """
     if set(tensors) != set(expected):
         raise ValueError(f"{title} takes the inputs {sorted(expected)}. Received {sorted(tensors)}.")
@@ -53,5 +53,11 @@ def check_inputs(title: str, expected: Mapping[str, Tensor], tensors: Mapping[st
             )
         if not tensor.takes(array.shape):
             raise ValueError(f"{title} takes {name!r} of shape {tensor.shape}. Received shape {array.shape}.")
-        arrays[name] = array
+        arrays[name] = array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+    samples = {name: len(arrays[name]) for name, tensor in expected.items() if tensor.shape and tensor.shape[0] is None}
+    if len(set(samples.values())) > 1:
+        raise ValueError(
+            f"{title} takes as many samples (the first axis) of each input. Received {samples}; a state has those of "
+            "the inputs that it goes with."
+        )
     return arrays

@@ -120,7 +120,11 @@ class Kernels:
 
 
 def with_stock_layers(model: keras.Model) -> tuple[keras.Model, Kernels]:
-    """A copy of a model with stock layers in the place of quantized ones, and which of them are to be rounded."""
+    """A copy of a model with stock layers in the place of quantized ones, and which of them are to be rounded.
+
+    Raises:
+        ValueError: if a quantized layer computes in another precision than float32.
+    """
     kernels = Kernels()
     stock_kinds = {quantized: kind for kind, quantized in _PAIRS}
 
@@ -128,6 +132,12 @@ def with_stock_layers(model: keras.Model) -> tuple[keras.Model, Kernels]:
         kind = stock_kinds.get(type(layer))
         if kind is None:
             return None
+        if layer.compute_dtype != "float32":
+            raise ValueError(
+                f"Kernels of few bits are exported where layers compute in float32. Layer {layer.name!r} of model "
+                f"{model.name!r} computes in {layer.compute_dtype}, in which Keras rounds its kernel to other numbers: "
+                "build the model with the dtype policy 'float32', and set its weights."
+            )
         config = layer.get_config()
         stock = kind.from_config({key: value for key, value in config.items() if key != "bits"})
         kernels.add(stock, layer.bits)
@@ -184,24 +194,28 @@ def store_as_integers(model: Any, kernels: Kernels) -> None:
             continue
         turned = user.op_type != "Conv" and not any(each.name == "transB" and each.i for each in user.attribute)
         found = floats[name].T if turned else floats[name]
-        for kernel in kernels.rounded:
-            q = kernel.q.transpose(kernel.q.ndim - 1, kernel.q.ndim - 2, *range(kernel.q.ndim - 2))
-            step = _step_of(found, q)
-            if step is None:
-                continue
-            missing.discard(kernel.layer)
-            # Steps are above 0; what was multiplied in may not be.
-            q = q * np.where(step < 0, -1, 1).reshape(-1, *[1] * (q.ndim - 1))
-            whole = numpy_helper.from_array(np.ascontiguousarray(q.astype(kernel.q.dtype)), f"{name}_q")
-            steps = numpy_helper.from_array(np.where(step == 0, 1, np.abs(step)).astype("float32"), f"{name}_step")
-            tensors[name] = [whole, steps]
-            made = f"{name}_turned" if turned else name
-            inputs = [whole.name, steps.name]
-            nodes.append(helper.make_node("DequantizeLinear", inputs, [made], name=f"{name}_dq", axis=0))
-            if turned:
-                # ONNX Runtime would round what comes in, too, if a MatMul took dequantized weights as they are.
-                nodes.append(helper.make_node("Transpose", [made], [name], name=f"{name}_turn", perm=[1, 0]))
-            break
+        # Layers whose kernels have the same whole numbers may share an initializer.
+        same = [
+            (kernel, step)
+            for kernel in kernels.rounded
+            if (step := _step_of(found, _outputs_first(kernel.q))) is not None
+        ]
+        missing -= {kernel.layer for kernel, _ in same}
+        if not same:
+            continue
+        kernel, step = same[0]
+        # Steps are above 0; what was multiplied in may be 0 or below.
+        q = _outputs_first(kernel.q)
+        q = q * np.sign(step).reshape(-1, *[1] * (q.ndim - 1))
+        whole = numpy_helper.from_array(np.ascontiguousarray(q.astype(kernel.q.dtype)), f"{name}_q")
+        steps = numpy_helper.from_array(np.where(step == 0, 1, np.abs(step)).astype("float32"), f"{name}_step")
+        tensors[name] = [whole, steps]
+        made = f"{name}_turned" if turned else name
+        inputs = [whole.name, steps.name]
+        nodes.append(helper.make_node("DequantizeLinear", inputs, [made], name=f"{name}_dq", axis=0))
+        if turned:
+            # ONNX Runtime would round what comes in, too, if a MatMul took dequantized weights as they are.
+            nodes.append(helper.make_node("Transpose", [made], [name], name=f"{name}_turn", perm=[1, 0]))
     if missing:
         raise ValueError(f"The kernels of these layers cannot be exported as whole numbers: {sorted(missing)}.")
     kept = [x for x in graph.initializer if x.name not in tensors]
@@ -212,6 +226,11 @@ def store_as_integers(model: Any, kernels: Kernels) -> None:
         copies = [type(value).FromString(value.SerializeToString()) for value in values]
         del field[:]
         field.extend(copies)
+
+
+def _outputs_first(q: np.ndarray) -> np.ndarray:
+    """A kernel (..., inputs, outputs) as ONNX's Conv and Gemm have it: (outputs, inputs, ...)."""
+    return q.transpose(q.ndim - 1, q.ndim - 2, *range(q.ndim - 2))
 
 
 def _step_of(kernel: np.ndarray, q: np.ndarray) -> np.ndarray | None:

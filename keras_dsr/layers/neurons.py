@@ -44,30 +44,24 @@ LOOPS = ("unrolled", "while")
 
 def check_timesteps(timesteps: Any) -> int | None:
     """`timesteps` as `None` or an int of at least 0; raises a ValueError or TypeError otherwise."""
-    if timesteps is None:
-        return None
-    try:
-        number = operator.index(timesteps)
-    except TypeError:
-        raise TypeError(f"timesteps is a whole number of steps, or None. Received timesteps={timesteps!r}.") from None
-    if isinstance(timesteps, bool) or number < 0:
-        raise ValueError(
-            "timesteps is the number of time steps N >= 1, or 0 for the representation alone, or None if the input "
-            f"has a time axis. Received timesteps={timesteps!r}."
-        )
-    return number
+    meaning = "the number of time steps N >= 1, or 0 for the representation alone, or None if the input has a time axis"
+    return _check_steps("timesteps", timesteps, 0, meaning)
 
 
 def check_representation_steps(steps: Any) -> int | None:
     """`steps` as `None` or an int of at least 1; raises a ValueError or TypeError otherwise."""
+    return _check_steps("representation_steps", steps, 1, "1 or more, or None")
+
+
+def _check_steps(name: str, steps: Any, least: int, meaning: str) -> int | None:
     if steps is None:
         return None
     try:
         number = operator.index(steps)
     except TypeError:
-        raise TypeError(f"representation_steps is a whole number, or None. Received {steps!r}.") from None
-    if isinstance(steps, bool) or number < 1:
-        raise ValueError(f"representation_steps is 1 or more, or None. Received representation_steps={steps!r}.")
+        raise TypeError(f"{name} is a whole number of steps, or None. Received {name}={steps!r}.") from None
+    if isinstance(steps, bool) or number < least:
+        raise ValueError(f"{name} is {meaning}. Received {name}={steps!r}.")
     return number
 
 
@@ -268,7 +262,8 @@ class IFSpike(SpikingNeuron):
             weight decay, 5e-4, which is the same thing for SGD; set 0 where the optimizer decays the weights.
         threshold_gradient_scale: Factor on the gradient of V_th. The paper's code has 1, and 0.001 for ImageNet.
         loop: The time loop: "while" (`tf.while_loop`, `lax.scan`), which needs least memory, compiles fastest and takes
-            a time axis of any length; or "unrolled", a little faster on TensorFlow without XLA and in ONNX Runtime.
+            a time axis of any length; or "unrolled", all steps written out: a larger graph without a loop, on
+            TensorFlow without XLA a little faster for some networks. Measure it for yours.
         representation_steps: In a representation network (a stream of zero steps), puts out what this many steps of a
             constant current give, instead of the clamp: with the quantization error of Eqs. 18 and 21, and the clamp's
             gradient. `None` for the clamp. Nothing else depends on it.
@@ -355,7 +350,8 @@ class LIFSpike(SpikingNeuron):
         threshold_gradient_scale: Factor on the gradient of V_th; `None` for the paper's code's dt^2, which makes of
             the chain rule's 1 / dt a dt.
         loop: The time loop: "while" (`tf.while_loop`, `lax.scan`), which needs least memory, compiles fastest and takes
-            a time axis of any length; or "unrolled", a little faster on TensorFlow without XLA and in ONNX Runtime.
+            a time axis of any length; or "unrolled", all steps written out: a larger graph without a loop, on
+            TensorFlow without XLA a little faster for some networks. Measure it for yours.
         representation_steps: In a representation network (a stream of zero steps), puts out what this many steps of a
             constant current give, instead of the clamp: with the quantization error of Eqs. 18 and 21, and the clamp's
             gradient. `None` for the clamp. Nothing else depends on it.

@@ -184,12 +184,17 @@ def test_mixed_precision(loop):
     compare(model, x, fold_thresholds=True, loop=loop)
 
 
-def test_a_readout_of_frames_step_by_step():
-    inputs = keras.Input((3, 4))
-    x = layers.LIFSpike(threshold=0.05)(keras.layers.Dense(6)(inputs))
-    model = keras.Model(inputs, layers.SpikeRep("weighted_rate")(keras.layers.Dense(2)(x)))
+@pytest.mark.parametrize(("policy", "tolerance"), [("float32", 1e-6), ("mixed_bfloat16", 0.02)])
+def test_a_readout_of_frames_step_by_step(policy, tolerance):
+    keras.config.set_dtype_policy(policy)
+    try:
+        inputs = keras.Input((3, 4))
+        x = layers.LIFSpike(threshold=0.05)(keras.layers.Dense(6)(inputs))
+        model = keras.Model(inputs, layers.SpikeRep("weighted_rate")(keras.layers.Dense(2)(x)))
+    finally:
+        keras.config.set_dtype_policy("float32")
     x = np.random.default_rng(0).normal(size=(4, 3, 4)).astype("float32")
-    compare(model, x, fold_thresholds=True)
+    compare(model, x, tolerance, fold_thresholds=True)
 
 
 def test_inner_representations_are_not_computed():

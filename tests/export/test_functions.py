@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import helpers
 import keras
 import numpy as np
@@ -92,6 +95,38 @@ def test_names_are_identifiers(build):
     assert all(name.isidentifier() for name in (*network.neurons, *network.state, network.input_name))
 
 
+@pytest.mark.parametrize(
+    ("shape", "name"), [((4, 4, 1), "image"), ((6,), "input"), ((3, 6), "frames"), ((3, 4, 4, 1), "frames")]
+)
+def test_an_input_without_a_name_is_named_by_what_it_is(shape, name, tmp_path):
+    inputs = keras.Input(shape)
+    if name == "frames":
+        x = layers.IFSpike(timesteps=3)(layers.ToStream()(inputs))  # insists on the steps that there are
+    else:
+        x = layers.IFSpike(timesteps=3)(inputs)
+    model = keras.Model(inputs, layers.SpikeRep()(layers.Synapse(keras.layers.Flatten())(x)))
+    for each in (model, helpers.saved_and_loaded(model, tmp_path), keras.models.clone_model(model)):
+        network = functions.Network(each, classifier=False)
+        assert network.input_name == name
+        assert network.step_input_name == ("frame" if network.takes_frames else name)
+        assert network.takes_frames == (name == "frames")
+
+
+def test_augmentation_is_for_training():
+    inputs = keras.Input((6, 6, 1), name="image")
+    x = keras.layers.RandomTranslation(0.5, 0.5)(inputs)
+    x = layers.IFSpike(timesteps=3, threshold=0.5)(keras.layers.Flatten()(x))
+    network = functions.Network(keras.Model(inputs, layers.SpikeRep()(layers.Synapse(keras.layers.Dense(3))(x))))
+    x = np.random.default_rng(0).normal(size=(4, 6, 6, 1)).astype("float32")
+    expected = network.run(x)["logits"]
+    np.testing.assert_array_equal(network.run_traced(x)[0]["logits"], expected)
+    state = network.initial_state(np.zeros(4, "int64"))
+    for _ in range(3):
+        outputs = network.step({"image": x, **state})
+        state = {part: outputs[f"next_{part}"] for part in network.state}
+    np.testing.assert_allclose(outputs["logits"], expected, atol=1e-6)
+
+
 def test_any_number_of_frames():
     inputs = keras.Input((None, 6), name="frames")
     x = layers.IFSpike(threshold=0.5)(layers.Synapse(keras.layers.Dense(4))(layers.ToStream()(inputs)))
@@ -121,10 +156,19 @@ def test_mixed_precision_answers_in_float32(policy):
     np.testing.assert_allclose(outputs["logits"], answer["logits"], atol=0.05)
 
 
+class Mine(keras.Model):
+    """A model that has no graph."""
+
+    def call(self, inputs):
+        return inputs
+
+
 def test_what_cannot_be_exported_is_refused(monkeypatch, build):
     model = build("small_if")[0]
     with pytest.raises(ValueError, match="no spiking layers"):
         functions.Network(keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)]))
+    with pytest.raises(ValueError, match=r"'mine' is not a functional model.*keras\.Model\(inputs, outputs\)"):
+        functions.Network(Mine(name="mine"))
     one, two = keras.Input((3,)), keras.Input((3,))
     with pytest.raises(ValueError, match="with 2 inputs and 1 outputs"):
         functions.Network(keras.Model([one, two], keras.layers.Add()([one, two])))
@@ -149,8 +193,20 @@ def test_what_cannot_be_exported_is_refused(monkeypatch, build):
         ({"mean": (), "std": ()}, "one mean and one std"),
         ({"mean": (1.0,), "std": (0.0,)}, "std is above 0"),
         ({"mean": (float("nan"),), "std": (1.0,)}, "are finite"),
+        ({"mean": (1.0,), "std": (1.0,), "dtype": "unit8"}, "whole numbers or floats.*Received dtype='unit8'"),
+        ({"mean": (1.0,), "std": (1.0,), "dtype": "string"}, "Received dtype='string'"),
     ],
 )
 def test_preprocessing_is_checked(settings, message):
     with pytest.raises(ValueError, match=message):
         functions.Preprocessing(**settings)
+
+
+@pytest.mark.parametrize(
+    "numbers", [np.array([0.25, 0.5], "float32"), [np.float32(0.25), 0.5], np.array([[[0.25, 0.5]]]), (0.25, 0.5)]
+)
+def test_preprocessing_takes_any_numbers(numbers):
+    made = functions.Preprocessing(numbers, numbers, np.uint8)
+    assert made == functions.Preprocessing((0.25, 0.5), (0.25, 0.5))
+    assert json.dumps(dataclasses.asdict(made)) == '{"mean": [0.25, 0.5], "std": [0.25, 0.5], "dtype": "uint8"}'
+    assert functions.Preprocessing(np.float32(0.5), 2).mean == (0.5,)

@@ -68,11 +68,13 @@ def test_digits_before_and_after(bits, trained, tmp_path):
     _, (x, labels) = digits()
     before = accuracy(np.argmax(trained.predict(x, verbose=0), axis=1), labels)
     rounded = quantized_copy(trained, bits)
-    path = export_onnx(trained, tmp_path / "digits.onnx", weight_bits=bits, examples=x[:100])
-    report = verify(rounded, x, onnx=[path])
+    path = export_onnx(trained, tmp_path / "digits.onnx", weight_bits=bits, verify=False)
+    # Weights that are trained here differ from one processor to another, and may let some potential meet a threshold.
+    report = verify(rounded, x, onnx=[path], flip_budget=1e-3)
     assert report.passed, [row.reason for row in report.rows]
-    after = accuracy(OnnxRuntime(path).run({"image": x})["class"], labels)
-    assert after == accuracy(np.argmax(rounded.predict(x, verbose=0), axis=1), labels)
+    predicted = OnnxRuntime(path).run({"image": x})["class"]
+    np.testing.assert_array_equal(predicted, np.argmax(rounded.predict(x, verbose=0), axis=1))
+    after = accuracy(predicted, labels)
     print(f"\ndigits, {bits} bits: {before:.4f} before, {after:.4f} after")
     assert before > 0.9
     assert after > before - (0.01 if bits == 8 else 0.1)
@@ -150,6 +152,52 @@ def test_networks_of_few_bits_as_floats(tmp_path):
     model = models.small_cnn((4,), layers.IFSpike(1.0), timesteps=2, weight_bits=4)
     path = export_onnx(model, tmp_path / "floats.onnx", examples=helpers.dyadics((4, 8, 8, 1), -2, 2))
     assert integers(path) == []
+
+
+def with_a_head(head) -> keras.Model:
+    """A network whose readout is of an affine layer, of which representations are asked for."""
+    inputs = keras.Input((6,))
+    x = layers.IFSpike(0.5, timesteps=4)(keras.layers.Dense(8)(inputs))
+    return keras.Model(inputs, layers.SpikeRep()(layers.Synapse(head)(x)))
+
+
+@pytest.mark.parametrize("weight_bits", [8, None])
+@pytest.mark.parametrize("head", [keras.layers.Dense, layers.QuantizedDense])
+def test_representations_go_through_rounded_kernels(head, weight_bits, tmp_path):
+    path = export_onnx(
+        with_a_head(head(3, name="head")),
+        tmp_path / "head.onnx",
+        weight_bits=weight_bits,
+        fold_thresholds=True,
+        examples=np.random.default_rng(0).normal(0, 2, (8, 6)).astype("float32"),
+    )
+    assert len(integers(path)) == (2 if weight_bits else 0)
+
+
+@pytest.mark.parametrize("second", ["identity", "zeros"])
+def test_kernels_of_the_same_shape(second, tmp_path):
+    """Those with the same numbers too, which the converter keeps once; and zeros, which are any numbers times 0."""
+    inputs = keras.Input((4,))
+    x = keras.layers.Dense(4, kernel_initializer="identity" if second == "identity" else "he_normal")(inputs)
+    x = layers.IFSpike(0.5, timesteps=4)(x)
+    x = layers.Synapse(keras.layers.Dense(4, kernel_initializer=second, bias_initializer="ones"))(x)
+    model = keras.Model(inputs, layers.SpikeRep()(layers.IFSpike(0.5)(x)))
+    x = helpers.dyadics((8, 4), -1, 1)
+    path = export_onnx(model, tmp_path / "same.onnx", weight_bits=8, examples=x, verify=False)
+    expected = numpy(quantized_copy(model, 8)(x))
+    np.testing.assert_allclose(OnnxRuntime(path).run({"input": x})["logits"], expected, atol=1e-6)
+    assert all((step > 0).all() for *_, step in integers(path))
+
+
+@pytest.mark.parametrize(("own", "weight_bits"), [(None, 8), (4, None)])
+def test_few_bits_under_mixed_precision_are_refused(own, weight_bits, tmp_path):
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = models.small_cnn((2,), layers.IFSpike(1.0), timesteps=2, weight_bits=own)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    with pytest.raises(ValueError, match=r"'conv1' of model 'small_cnn' computes in float16.*dtype policy 'float32'"):
+        export_onnx(model, tmp_path / "mixed.onnx", weight_bits=weight_bits, verify=False)
 
 
 def test_a_copy_has_the_same_weights_and_other_layers():

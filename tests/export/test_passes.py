@@ -153,21 +153,24 @@ def test_a_model_of_anyone_has_no_spikes():
         passes.with_spikes(model_of([node("Relu", "x", "y")], "y"))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("static", [False, True])
-def test_a_loop_over_neurons_becomes_a_scan(static):
+def test_a_loop_over_neurons_becomes_a_scan(static, dtype):
+    """Potentials are float32, whatever currents and spikes are."""
     tf2onnx = pytest.importorskip("tf2onnx")
 
     def neurons(x):
         start = tf.zeros_like(x[0])
+        x = tf.cast(x, dtype)
         steps = 5 if static else tf.shape(x)[0]
-        currents = tf.TensorArray(tf.float32, steps, element_shape=start.shape)
+        currents = tf.TensorArray(dtype, steps, element_shape=start.shape)
         currents = currents.unstack(tf.broadcast_to(x[:1], [5, *x.shape[1:]]) if static else x)
-        outputs = tf.TensorArray(tf.float32, steps, element_shape=start.shape)
+        outputs = tf.TensorArray(dtype, steps, element_shape=start.shape)
 
         def body(n, potential, outputs):
-            potential = potential + currents.read(n)
+            potential = potential + tf.cast(currents.read(n), tf.float32)
             fired = tf.cast(potential >= 0.5, tf.float32)
-            return n + 1, potential - fired, outputs.write(n, fired)
+            return n + 1, potential - fired, outputs.write(n, tf.cast(fired, dtype))
 
         loop = (tf.constant(0), start, outputs)
         return tf.while_loop(lambda n, *_: n < steps, body, loop, parallel_iterations=1, name=passes.LOOP)[2].stack()
