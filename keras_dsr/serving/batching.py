@@ -53,6 +53,7 @@ class Batcher:
         max_batch_size: How many examples to join. A larger request runs alone; 1 joins nothing.
         batch_timeout: Seconds that a batch waits to be filled; 0 takes what is there.
         max_queue: How many requests may wait.
+        stopped: Once it is set, nothing more begins to run.
         observe: Is told the size of every batch that runs.
     """
 
@@ -63,12 +64,14 @@ class Batcher:
         max_batch_size: int,
         batch_timeout: float,
         max_queue: int,
+        stopped: threading.Event,
         observe: Callable[[int], None] = lambda size: None,
     ):
         self._run = run
         self._max_batch_size = max_batch_size
         self._batch_timeout = batch_timeout
         self._max_queue = max_queue
+        self._stopped = stopped
         self._observe = observe
         self._lock = threading.Lock()
         self._lanes: dict[tuple, _Lane] = {}
@@ -82,8 +85,8 @@ class Batcher:
             deadline: Until when it may wait, by `time.monotonic`.
 
         Raises:
-            ServingError: UNAVAILABLE if the queue is full, DEADLINE_EXCEEDED if it waited too long, or what the
-                function raised for this request.
+            ServingError: UNAVAILABLE if the queue is full or the server has stopped, DEADLINE_EXCEEDED if it waited too
+                long, or what the function raised for this request.
         """
         task = _Task(inputs)
         key = tuple((name, array.shape[1:]) for name, array in sorted(inputs.items()))
@@ -124,6 +127,8 @@ class Batcher:
         """Runs the task with what waits, then hands the lane to the next."""
         batch = [task]
         try:
+            if self._stopped.is_set():
+                raise ServingError(Code.UNAVAILABLE, "The server has stopped. Send the request to another, or again.")
             batch += self._take(lane, self._max_batch_size - task.size)
             self._run_batch(batch)
         finally:

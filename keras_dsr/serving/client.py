@@ -71,7 +71,8 @@ class Client:
         model: The model's name.
         version: Its version; the newest if `None`.
         transport: "grpc" or "rest".
-        timeout: Seconds for a call, its repetitions included.
+        timeout: Seconds for a call, its repetitions included. Over REST they bound each wait for the server: to
+            connect, and for each piece of its answer; one that comes slowly may take longer as a whole.
         retries: How often a call is repeated if the server is not there, or says UNAVAILABLE. Requests change nothing
             on the server, so repeating them is safe.
 
@@ -111,15 +112,16 @@ class Client:
 
         Args:
             inputs: The signature's inputs by name, or the array itself if there is one. Numbers are cast to the
-                signature's types as long as this keeps their kind, such as float64 to float32; others are sent as they
-                are, for the server to refuse.
+                signature's types as long as this keeps their kind, such as float64 to float32, and whole numbers to
+                any whole type that holds them; others are sent as they are, for the server to refuse.
             signature: Its name.
 
         Returns:
             The outputs by name.
 
         Raises:
-            ServingError: if the server refuses, fails, or does not answer in time.
+            ServingError: if whole numbers do not fit the signature's type, or the server refuses, fails, or does not
+                answer in time.
         """
         return self.answer(inputs, signature).outputs
 
@@ -306,9 +308,17 @@ def _cast(inputs: np.ndarray | Mapping[str, Any], signature: str, types: Signatu
                 f"{signature!r} takes {', '.join(types.inputs)}. Received one array; give a dict of arrays.",
             )
         inputs = {next(iter(types.inputs)): inputs}
-    arrays = {}
-    for name, value in inputs.items():
-        array, dtype = np.asarray(value), types.inputs.get(name)
-        keeps = dtype is not None and dtype.kind != "O" and np.can_cast(array.dtype, dtype, "same_kind")
-        arrays[name] = array.astype(dtype, copy=False) if keeps else array
-    return arrays
+    return {name: _as_type(name, np.asarray(value), types.inputs.get(name)) for name, value in inputs.items()}
+
+
+def _as_type(name: str, array: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
+    """The array in the signature's type if that keeps the kind of its numbers; otherwise as it is."""
+    if dtype is None or dtype.kind == "O":
+        return array
+    if array.size and array.dtype.kind in "iu" and dtype.kind in "iu":
+        limits, low, high = np.iinfo(dtype), int(array.min()), int(array.max())
+        if low < limits.min or high > limits.max:
+            takes = f"Input {name!r} takes {dtype}, from {limits.min} to {limits.max}."
+            raise ServingError(Code.INVALID_ARGUMENT, f"{takes} Received values from {low} to {high}.")
+        return array.astype(dtype, copy=False)
+    return array.astype(dtype, copy=False) if np.can_cast(array.dtype, dtype, "same_kind") else array

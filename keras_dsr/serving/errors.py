@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import enum
+from urllib.parse import quote
 
-_LONGEST = 2000  # characters of a message: gRPC sends it as a header, of which clients take 8 KiB
+_LONGEST = 6000  # bytes of a message as gRPC sends it, percent-encoded in a header; clients take 8 KiB of headers
+_LONGEST_NAME = 60  # characters
 
 
 class Code(enum.IntEnum):
@@ -81,11 +83,27 @@ class ServingError(Exception):
     """
 
     def __init__(self, code: Code, message: str):
-        if len(message) > _LONGEST:
-            message = message[: _LONGEST - 3] + "..."
-        super().__init__(f"{code.name}: {message}")
+        message = _sendable(message)
+        super().__init__(code, message)
         self.code = code
         self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.code.name}: {self.message}"
+
+
+def _sendable(message: str) -> str:
+    """The message, or as much of its beginning as can be sent."""
+    cut = message[:_LONGEST]
+    while len(quote(cut, errors="replace")) > _LONGEST:
+        cut = cut[: len(cut) * 9 // 10]
+    return message if len(cut) == len(message) else f"{cut}..."
+
+
+def short(sent: object) -> str:
+    """What a client sent, such as a name, cut so that there is room in a message for what should have been sent."""
+    text = str(sent)
+    return text if len(text) <= _LONGEST_NAME else f"{text[: _LONGEST_NAME - 3]}..."
 
 
 def needs_extra(error: ImportError) -> ImportError:

@@ -16,12 +16,12 @@ from tensorflow_serving.apis import (
     predict_pb2,
 )
 
-from keras_dsr.serving.errors import Code, ServingError
+from keras_dsr.serving.errors import Code, ServingError, short
 from keras_dsr.serving.manager import Manager, VersionStatus
 from keras_dsr.serving.metrics import Metrics
-from keras_dsr.serving.predict import Predictor, Served
+from keras_dsr.serving.predict import Predictor, Served, Turns
 from keras_dsr.serving.saved_model import Signature
-from keras_dsr.serving.tensors import from_proto, to_proto
+from keras_dsr.serving.tensors import from_protos, to_proto
 
 _LOGGER = logging.getLogger("keras_dsr.serving")
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -37,13 +37,23 @@ class Services:
         predictor: Answers predictions.
         models: The models.
         metrics: Is told of every request.
-        max_request_bytes: How large an input may be once it is an array.
+        max_requests: How many predictions there may be at one time.
+        max_request_bytes: How large a request's inputs may be together once they are arrays.
     """
 
-    def __init__(self, predictor: Predictor, models: Manager[Served], metrics: Metrics, *, max_request_bytes: int):
+    def __init__(
+        self,
+        predictor: Predictor,
+        models: Manager[Served],
+        metrics: Metrics,
+        *,
+        max_requests: int,
+        max_request_bytes: int,
+    ):
         self._predictor = predictor
         self._models = models
         self._metrics = metrics
+        self._turns = Turns(max_requests)
         self._max_request_bytes = max_request_bytes
 
     def handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
@@ -73,20 +83,18 @@ class Services:
 
         def read(signature: Signature) -> dict:
             signature.check_names(request.inputs)
-            return {
-                name: from_proto(request.inputs[name], spec, self._max_request_bytes)
-                for name, spec in signature.inputs.items()
-            }
+            return from_protos(request.inputs, signature.inputs, self._max_request_bytes)
 
         spec = request.model_spec
-        prediction = self._predictor.predict(
-            spec.name,
-            _version(spec),
-            spec.signature_name,
-            read,
-            output_filter=list(request.output_filter),
-            deadline=deadline,
-        )
+        with self._turns.take():
+            prediction = self._predictor.predict(
+                spec.name,
+                _version(spec),
+                spec.signature_name,
+                read,
+                output_filter=list(request.output_filter),
+                deadline=deadline,
+            )
         response = predict_pb2.PredictResponse()
         response.model_spec.name = spec.name
         response.model_spec.version.value = prediction.version
@@ -105,7 +113,7 @@ class Services:
             raise ServingError(
                 Code.INVALID_ARGUMENT,
                 "GetModelMetadataRequest must specify at least one metadata_field, which must be 'signature_def'. "
-                f"Received {list(request.metadata_field)}.",
+                f"Received {short(list(request.metadata_field))}.",
             )
         response = get_model_metadata_pb2.GetModelMetadataResponse()
         with self._models.lease(request.model_spec.name, _version(request.model_spec)) as (number, served):
@@ -158,7 +166,8 @@ def _version(spec: model_pb2.ModelSpec) -> int | None:
     if choice == "version_label":
         raise ServingError(
             Code.INVALID_ARGUMENT,
-            f"Unrecognized servable version label: {spec.version_label}. This server has no labels; send a version.",
+            f"Unrecognized servable version label: {short(spec.version_label)}. This server has no labels; send a "
+            "version.",
         )
     return spec.version.value if choice == "version" else None
 

@@ -34,7 +34,15 @@ class GrpcTransport:
     """
 
     def __init__(self, address: str, model: str, version: int | None):
-        options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+        options = [
+            ("grpc.max_receive_message_length", -1),
+            ("grpc.max_send_message_length", -1),
+            # A server on the loopback is not behind a proxy that the environment names.
+            ("grpc.enable_http_proxy", 0),
+            # By itself gRPC connects again after a second at the earliest: `Client` would repeat its calls for nothing.
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 2000),
+        ]
         self._channel = grpc.insecure_channel(address, options)
         self._predictions = prediction_service_pb2_grpc.PredictionServiceStub(self._channel)
         self._models = model_service_pb2_grpc.ModelServiceStub(self._channel)

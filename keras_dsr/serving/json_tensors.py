@@ -13,17 +13,18 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import tensorflow as tf
 
-from keras_dsr.serving.errors import Code, ServingError
+from keras_dsr.serving.errors import Code, ServingError, short
 from keras_dsr.serving.saved_model import Signature
 from keras_dsr.serving.tensors import TensorSpec
 
 _JSON_NAMES = {dict: "Object", list: "Array", str: "String", bool: "Bool", int: "Number", float: "Number"}
 
 
-def parse(body: bytes) -> dict[str, Any]:
+def parse(body: bytes | bytearray) -> dict[str, Any]:
     """The object in a request's body.
 
     Raises:
@@ -71,7 +72,8 @@ def write(document: dict[str, Any], outputs: Mapping[str, np.ndarray]) -> bytes:
     """The answer to a request, in the format that it was in. The name of a single output is left out.
 
     Raises:
-        ServingError: if outputs cannot be told apart by example, which the row format must.
+        ServingError: if outputs cannot be told apart by example, which the row format must, or are of a type that JSON
+            lacks.
     """
     if not outputs:
         raise _invalid("The signature has no outputs, so there is nothing to answer.")
@@ -95,9 +97,10 @@ def _read_instances(instances: Any, signature: Signature) -> dict[str, np.ndarra
         columns: dict[str, list] = {name: [] for name in specs}
         for number, instance in enumerate(instances):
             if not _is_object(instance) or instance.keys() != specs.keys():
+                received = f"the keys {short(sorted(instance))}" if _is_object(instance) else _kind(instance)
                 raise _invalid(
-                    f"Each of 'instances' must be an object with the keys {', '.join(specs)}. Received "
-                    f"{f'the keys {sorted(instance)}' if _is_object(instance) else _kind(instance)} at item {number}."
+                    f"Each of 'instances' must be an object with the keys {', '.join(specs)}. Received {received} at "
+                    f"item {number}."
                 )
             for name, value in instance.items():
                 columns[name].append(value)
@@ -115,7 +118,7 @@ def _read_inputs(inputs: Any, signature: Signature) -> dict[str, np.ndarray]:
             raise _invalid(f"'inputs' must be an object with the keys {', '.join(specs)}. Received {_kind(inputs)}.")
         inputs = {next(iter(specs)): inputs}
     if inputs.keys() != specs.keys():
-        raise _invalid(f"'inputs' must have the keys {', '.join(specs)}. Received the keys {sorted(inputs)}.")
+        raise _invalid(f"'inputs' must have the keys {', '.join(specs)}. Received the keys {short(sorted(inputs))}.")
     return {name: to_array(value, specs[name]) for name, value in inputs.items()}
 
 
@@ -168,10 +171,12 @@ def to_array(value: Any, spec: TensorSpec) -> np.ndarray:
 def _check_exact(flat: list, spec: TensorSpec) -> None:
     """Refuses whole numbers that a float would round, as TensorFlow Serving does."""
     if spec.dtype.is_floating:
-        largest = 2 ** (np.finfo(spec.dtype.as_numpy_dtype).nmant + 1) - 1
-        for leaf in flat:
-            if type(leaf) is int and abs(leaf) > largest:
-                raise _invalid(f"Input {spec.name!r} takes {spec}, which cannot hold the number {leaf:.6g} exactly.")
+        largest = 2 ** (ml_dtypes.finfo(spec.dtype.as_numpy_dtype).nmant + 1) - 1
+        if any(type(leaf) is int and abs(leaf) > largest for leaf in flat):
+            raise _invalid(
+                f"Input {spec.name!r} takes {spec}. Received a whole number beyond ±{largest}, which it may not hold "
+                "exactly; write it with a decimal point to have it rounded."
+            )
 
 
 def _bytes(leaf: Any, spec: TensorSpec) -> bytes:
@@ -191,7 +196,11 @@ def _to_json(name: str, array: np.ndarray) -> Any:
         boxed = np.empty(len(texts), dtype=object)
         boxed[:] = texts
         return boxed.reshape(array.shape).tolist()
-    if np.issubdtype(array.dtype, np.floating) and array.dtype != np.float64:
+    if array.dtype.kind not in "biuf":
+        raise ServingError(
+            Code.UNIMPLEMENTED, f"Output {name!r} is {array.dtype}, which JSON has no way to write. Ask over gRPC."
+        )
+    if array.dtype.kind == "f" and array.dtype != np.float64:
         # The shortest decimal that names the float32; as a double it would be written with 17 digits.
         return array.astype("U").astype(np.float64).tolist()
     return array.tolist()

@@ -12,13 +12,14 @@ import contextlib
 import dataclasses
 import enum
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from keras_dsr.serving.errors import Code, ServingError
+from keras_dsr.serving.errors import Code, ServingError, short
 
 _LOGGER = logging.getLogger("keras_dsr.serving")
 _LARGEST_VERSION = 2**63 - 1
@@ -70,7 +71,7 @@ class _Model(Generic[T]):
         self.folder = folder
         self.serving: dict[int, _Version[T]] = {}
         self.status: dict[int, VersionStatus] = {}
-        self.refused: dict[int, tuple] = {}
+        self.refused: dict[int, frozenset] = {}
 
 
 class Manager(Generic[T]):
@@ -101,13 +102,15 @@ class Manager(Generic[T]):
 
     def start(self) -> None:
         """Loads what is there, then goes on looking in a thread."""
-        for model in self._models.values():
-            self._update(model)
+        self._look()
         self._thread.start()
 
     def stop(self) -> None:
-        """Stops looking. Versions stay as they are."""
+        """Looks no more, and loads nothing after what is being loaded. Versions stay as they are."""
         self._stopped.set()
+
+    def join(self) -> None:
+        """Waits until what is being loaded is loaded, after `stop`."""
         if self._thread.is_alive():
             self._thread.join()
 
@@ -123,8 +126,10 @@ class Manager(Generic[T]):
             The version's number, and what `load` gave.
 
         Raises:
-            ServingError: NOT_FOUND if there is no such model or version.
+            ServingError: INVALID_ARGUMENT if there is no name; NOT_FOUND if there is no such model or version.
         """
+        if not name:
+            raise ServingError(Code.INVALID_ARGUMENT, "ModelSpec has no name specified.")
         held = self._acquire(name, version)
         try:
             yield held.number, held.model
@@ -148,11 +153,12 @@ class Manager(Generic[T]):
             known = dict(self._models[name].status) if name in self._models else {}
         if version is not None:
             if version not in known:
-                raise ServingError(Code.NOT_FOUND, f"Could not find version {version} of model {name}.")
+                raise ServingError(Code.NOT_FOUND, f"Could not find version {version} of model {short(name)}.")
             return [known[version]]
         if not known:
             raise ServingError(
-                Code.NOT_FOUND, f"Could not find any versions of model {name}. This server has: {self._listed()}."
+                Code.NOT_FOUND,
+                f"Could not find any versions of model {short(name)}. This server has: {self._listed()}.",
             )
         return [known[number] for number in sorted(known, reverse=True)]
 
@@ -162,7 +168,7 @@ class Manager(Generic[T]):
             if model is None:
                 raise ServingError(
                     Code.NOT_FOUND,
-                    f"Servable not found for request: Latest({name}). This server has: {self._listed()}.",
+                    f"Servable not found for request: Latest({short(name)}). This server has: {self._listed()}.",
                 )
             number = max(model.serving, default=None) if version is None else version
             held = model.serving.get(number)
@@ -180,8 +186,14 @@ class Manager(Generic[T]):
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._poll):
-            for model in self._models.values():
+            self._look()
+
+    def _look(self) -> None:
+        for model in self._models.values():
+            try:
                 self._update(model)
+            except Exception:  # of whatever kind, it must not end the thread, nor keep others from new versions
+                _LOGGER.exception("%s: looking for versions failed, and will be tried again", model.name)
 
     def _update(self, model: _Model[T]) -> None:
         """Loads what is new, then lets go of what is old."""
@@ -195,7 +207,9 @@ class Manager(Generic[T]):
                 del model.refused[number]
         wanted: list[int] = []
         for number in sorted(found, reverse=True):
-            if len(wanted) == self._latest or self._stopped.is_set():
+            if self._stopped.is_set():
+                return
+            if len(wanted) == self._latest:
                 break
             if number in model.refused:
                 continue
@@ -254,14 +268,18 @@ def _versions(folder: Path) -> dict[int, Path]:
     return found
 
 
-def _fingerprint(path: Path) -> tuple:
+def _fingerprint(path: Path) -> frozenset:
     """Changes when a file of a version does."""
-    files = []
-    with contextlib.suppress(FileNotFoundError):  # it is being removed
-        for file in sorted(path.rglob("*")):
-            stat = file.stat()
-            files.append((str(file), stat.st_size, stat.st_mtime_ns))
-    return tuple(files)
+    files = set()
+    for folder, _, names in os.walk(path):
+        for name in names:
+            file = Path(folder, name)
+            try:
+                stat = file.stat()
+                files.add((str(file), stat.st_size, stat.st_mtime_ns))
+            except OSError as error:  # it cannot be read, or is being removed
+                files.add((str(file), error.errno))
+    return frozenset(files)
 
 
 def _code_of(error: Exception) -> Code:

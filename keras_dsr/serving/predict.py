@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from keras_dsr.serving import saved_model
 from keras_dsr.serving.batching import Batcher
-from keras_dsr.serving.errors import Code, ServingError
+from keras_dsr.serving.errors import Code, ServingError, short
 from keras_dsr.serving.manager import Manager
 from keras_dsr.serving.metrics import Metrics
 from keras_dsr.serving.saved_model import DEFAULT_SIGNATURE, SavedModel, Signature
@@ -39,12 +41,14 @@ class Loader:
         max_batch_size: How many examples to join.
         batch_timeout: Seconds that a batch waits to be filled.
         max_queue: How many requests may wait for one signature.
+        stopped: Once it is set, no request begins to run.
     """
 
     metrics: Metrics
     max_batch_size: int
     batch_timeout: float
     max_queue: int
+    stopped: threading.Event
 
     def __call__(self, name: str, path: Path) -> Served:
         """Reads a version of the model of that name and warms it up."""
@@ -56,6 +60,7 @@ class Loader:
                 max_batch_size=self.max_batch_size,
                 batch_timeout=self.batch_timeout,
                 max_queue=self.max_queue,
+                stopped=self.stopped,
                 observe=lambda size: self.metrics.batch(name, size),
             )
             for signature in model.signatures.values()
@@ -80,18 +85,49 @@ class Prediction:
     outputs: dict[str, np.ndarray]
 
 
+class Turns:
+    """How many predictions there may be at one time.
+
+    Args:
+        most: As many.
+    """
+
+    def __init__(self, most: int):
+        self._most = most
+        self._free = threading.Semaphore(most)
+
+    @contextlib.contextmanager
+    def take(self) -> Iterator[None]:
+        """Counts a prediction while it is answered.
+
+        Raises:
+            ServingError: RESOURCE_EXHAUSTED if there are as many as may be.
+        """
+        if not self._free.acquire(blocking=False):
+            raise ServingError(
+                Code.RESOURCE_EXHAUSTED,
+                f"{self._most} requests are being answered, which is as many as may be. Try again later.",
+            )
+        try:
+            yield
+        finally:
+            self._free.release()
+
+
 class Predictor:
     """Answers prediction requests.
 
     Args:
         models: The models.
         metrics: Is told how long signatures run.
+        max_examples: How many examples a request may have.
         allow_non_finite: Whether NaN and infinity may be among the inputs.
     """
 
-    def __init__(self, models: Manager[Served], metrics: Metrics, *, allow_non_finite: bool):
+    def __init__(self, models: Manager[Served], metrics: Metrics, *, max_examples: int, allow_non_finite: bool):
         self._models = models
         self._metrics = metrics
+        self._max_examples = max_examples
         self._allow_non_finite = allow_non_finite
 
     def predict(
@@ -117,13 +153,12 @@ class Predictor:
         Raises:
             ServingError: with what the request did wrong, or the model.
         """
-        if not name:
-            raise ServingError(Code.INVALID_ARGUMENT, "ModelSpec has no name specified.")
         with self._models.lease(name, version) as (number, served):
             signature = served.model.signature(signature_name)
             _check_filter(output_filter, signature)
             inputs = read(signature)
             signature.check(inputs, self._allow_non_finite)
+            self._check_examples(inputs, signature)
             started = time.perf_counter()
             batcher = served.batchers.get(signature.name)
             outputs = signature.run(inputs) if batcher is None else batcher.submit(inputs, deadline)
@@ -132,14 +167,24 @@ class Predictor:
             outputs = {output: outputs[output] for output in output_filter}
         return Prediction(number, signature_name or DEFAULT_SIGNATURE, outputs)
 
+    def _check_examples(self, inputs: Mapping[str, np.ndarray], signature: Signature) -> None:
+        """Refuses large batches: a few bytes an example can become a large state."""
+        for name, spec in signature.inputs.items():
+            if spec.batched and len(inputs[name]) > self._max_examples:
+                raise ServingError(
+                    Code.INVALID_ARGUMENT,
+                    f"A request may have {self._max_examples} examples. Received {len(inputs[name])} in {name!r}. Send "
+                    "smaller batches, or start the server with a larger --max-examples.",
+                )
+
 
 def _check_filter(output_filter: Sequence[str], signature: Signature) -> None:
     for output in output_filter:
         if output not in signature.outputs:
             raise ServingError(
                 Code.INVALID_ARGUMENT,
-                f"output tensor alias not found in signature: {output}. {signature.name!r} gives "
+                f"output tensor alias not found in signature: {short(output)}. {signature.name!r} gives "
                 f"{', '.join(signature.outputs)}.",
             )
     if len(set(output_filter)) < len(output_filter):
-        raise ServingError(Code.INVALID_ARGUMENT, f"duplicate output tensor alias in {list(output_filter)}.")
+        raise ServingError(Code.INVALID_ARGUMENT, f"duplicate output tensor alias in {short(list(output_filter))}.")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import Executor
 from http import HTTPStatus
 
@@ -21,16 +22,17 @@ from starlette.routing import Route
 from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2
 
 from keras_dsr.serving import json_tensors
-from keras_dsr.serving.errors import Code, ServingError
+from keras_dsr.serving.errors import Code, ServingError, short
 from keras_dsr.serving.grpc_api import SIGNATURE_DEF, Services
 from keras_dsr.serving.metrics import Metrics
-from keras_dsr.serving.predict import Predictor
+from keras_dsr.serving.predict import Predictor, Turns
 
 _LOGGER = logging.getLogger("keras_dsr.serving")
 _VERSION = r"(?:/versions/(?P<version>\d+)|/labels/(?P<label>[^/:]+))?"
 _PREDICT = re.compile(rf"/v1/models/(?P<name>[^/:]+){_VERSION}:(?P<verb>classify|regress|predict)", re.ASCII | re.I)
 _LOOK = re.compile(rf"/v1/models(?:/(?P<name>[^/:]+))?{_VERSION}(?P<metadata>/metadata)?", re.ASCII | re.I)
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+_BODIES = 4  # how many of the largest bodies may be held at one time, or as many bytes of smaller ones
 METRICS_PATH = "/monitoring/prometheus/metrics"
 
 
@@ -46,9 +48,9 @@ class RestApi:
         predictor: Answers predictions.
         services: Answers what gRPC and REST have in common.
         metrics: Is told of every request, and shown.
-        executor: Whose threads requests run in.
-        max_request_bytes: How large a body may be.
-        max_requests: How many requests there may be at one time.
+        executor: Whose threads predictions run in.
+        max_requests: How many predictions there may be at one time.
+        max_request_bytes: How large a body may be. All that are held may have four times as many.
         timeout: Seconds that a request may take to arrive and wait for its turn.
     """
 
@@ -56,10 +58,13 @@ class RestApi:
     services: Services
     metrics: Metrics
     executor: Executor
-    max_request_bytes: int
     max_requests: int
+    max_request_bytes: int
     timeout: float
-    _active: int = dataclasses.field(default=0, init=False)
+
+    def __post_init__(self):
+        self._turns = Turns(self.max_requests)
+        self._held = 0  # bytes of bodies
 
     def application(self) -> Starlette:
         """The ASGI application."""
@@ -85,31 +90,27 @@ class RestApi:
         found = posted or asked
         api = "Malformed"
         code, status, body = Code.OK, 200, b""
-        self._active += 1
         try:
-            if self._active > self.max_requests:
-                raise ServingError(
-                    Code.RESOURCE_EXHAUSTED,
-                    f"{self.max_requests} requests are being answered, which is as many as may be. Try again later.",
-                )
             if found is None:
                 raise ServingError(
                     Code.INVALID_ARGUMENT,
-                    f"Malformed request: {request.method} {path}. POST to /v1/models/NAME[/versions/N]:predict, or GET "
-                    "/v1/models/NAME[/versions/N][/metadata].",
+                    f"Malformed request: {short(request.method)} {short(path)}. POST to "
+                    "/v1/models/NAME[/versions/N]:predict, or GET /v1/models/NAME[/versions/N][/metadata].",
                 )
             version = _version(found)
             if posted:
                 api = posted["verb"].capitalize()
-                async with asyncio.timeout(self.timeout):
-                    data = await self._read(request)
-                body = await self._in_thread(lambda: self._predict(posted, version, data, deadline))
+                with self._turns.take():
+                    async with self._body(request) as data:
+                        body = await asyncio.get_running_loop().run_in_executor(
+                            self.executor, self._predict, posted, version, data, deadline
+                        )
             elif asked["name"] is None:
                 raise ServingError(Code.INVALID_ARGUMENT, "Missing model name in request. GET /v1/models/NAME.")
             else:
                 api = "GetModelMetadata" if asked["metadata"] else "GetModelStatus"
                 look = self._metadata if asked["metadata"] else self._status
-                body = await self._in_thread(lambda: look(asked["name"], version))
+                body = await asyncio.to_thread(look, asked["name"], version)  # even while all of the executor is busy
         except ServingError as error:
             code, status = error.code, error.code.http
             if isinstance(error, _TooLarge):
@@ -126,29 +127,39 @@ class RestApi:
             code = Code.INTERNAL
             return _failure(code.http, "The server failed at this request; its log says how.")
         finally:
-            self._active -= 1
             name = found["name"] if found and found["name"] else ""
             self.metrics.request(name, api, "REST", code, time.perf_counter() - started)
         return Response(body, media_type="application/json")
 
-    async def _in_thread(self, work: Callable[[], bytes]) -> bytes:
-        return await asyncio.get_running_loop().run_in_executor(self.executor, work)
-
-    async def _read(self, request: Request) -> bytes:
-        """The body; no more of it is held than the limit."""
+    @contextlib.asynccontextmanager
+    async def _body(self, request: Request) -> AsyncIterator[bytearray]:
+        """The body, whose bytes count as held until it was made use of. No more of it is read than may be."""
         encoding = request.headers.get("content-encoding", "identity")
         if encoding != "identity":
-            raise ServingError(Code.UNIMPLEMENTED, f"Send the body as it is. Received Content-Encoding: {encoding}.")
+            raise ServingError(
+                Code.UNIMPLEMENTED, f"Send the body as it is. Received Content-Encoding: {short(encoding)}."
+            )
         announced = request.headers.get("content-length", "")
         if announced.isdecimal() and int(announced[:20]) > self.max_request_bytes:
-            raise self._too_large(f"{announced} bytes")
-        parts, size = [], 0
-        async for part in request.stream():
-            size += len(part)
-            if size > self.max_request_bytes:
-                raise self._too_large("more")
-            parts.append(part)
-        return b"".join(parts)
+            raise self._too_large(f"{short(announced)} bytes")
+        body, counted, most = bytearray(), 0, _BODIES * self.max_request_bytes
+        try:
+            async with asyncio.timeout(self.timeout):
+                async for part in request.stream():
+                    counted += len(part)
+                    self._held += len(part)
+                    if counted > self.max_request_bytes:
+                        raise self._too_large("more")
+                    if self._held > most:
+                        raise ServingError(
+                            Code.RESOURCE_EXHAUSTED,
+                            f"The requests that are being answered have {most} bytes, which is as many as may be. Try "
+                            "again later.",
+                        )
+                    body += part
+            yield body
+        finally:
+            self._held -= counted
 
     def _too_large(self, received: str) -> _TooLarge:
         return _TooLarge(
@@ -156,7 +167,7 @@ class RestApi:
             f"A body may have {self.max_request_bytes} bytes. Received {received}. Send smaller batches, or use gRPC.",
         )
 
-    def _predict(self, found: re.Match, version: int | None, data: bytes, deadline: float) -> bytes:
+    def _predict(self, found: re.Match, version: int | None, data: bytearray, deadline: float) -> bytes:
         if found["verb"].lower() != "predict":
             raise ServingError(Code.UNIMPLEMENTED, f"{found['verb']} is not offered here. POST to :predict.")
         document = json_tensors.parse(data)
@@ -188,12 +199,13 @@ def _version(found: re.Match) -> int | None:
     if found["label"] is not None:
         raise ServingError(
             Code.INVALID_ARGUMENT,
-            f"Unrecognized servable version label: {found['label']}. This server has no labels; ask for /versions/N.",
+            f"Unrecognized servable version label: {short(found['label'])}. This server has no labels; ask for "
+            "/versions/N.",
         )
     if found["version"] is None:
         return None
     if len(found["version"]) > 19 or int(found["version"]) >= 2**63:
-        raise ServingError(Code.INVALID_ARGUMENT, f"Failed to convert version: {found['version']} to numeric.")
+        raise ServingError(Code.INVALID_ARGUMENT, f"Failed to convert version: {short(found['version'])} to numeric.")
     return int(found["version"])
 
 
@@ -219,5 +231,6 @@ def _failure(status: int, message: str) -> Response:
 
 async def _http_failure(request: Request, error: Exception) -> Response:
     """What the router says of other paths and methods, as JSON."""
-    said = f"{error.detail}: {request.method} {request.scope['path']}. Ask for /v1/models/NAME or {METRICS_PATH}."
+    asked = f"{short(request.method)} {short(request.scope['path'])}"
+    said = f"{error.detail}: {asked}. Ask for /v1/models/NAME or {METRICS_PATH}."
     return Response(_dump({"error": said}), error.status_code, headers=error.headers, media_type="application/json")

@@ -11,8 +11,8 @@ import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow.core.protobuf.meta_graph_pb2 import SignatureDef
 
-from keras_dsr.serving.errors import Code, ServingError
-from keras_dsr.serving.tensors import TensorSpec, from_proto
+from keras_dsr.serving.errors import Code, ServingError, short
+from keras_dsr.serving.tensors import TensorSpec, from_protos
 
 DEFAULT_SIGNATURE = "serving_default"
 _WARMUP = Path("assets.extra", "tf_serving_warmup_requests")
@@ -49,19 +49,13 @@ class Signature:
             allow_non_finite: Whether NaN and infinity may be among them.
 
         Raises:
-            ServingError: if a name is missing or unknown, a rank or size is wrong, the batch is empty or not the same
-                for all, or a number is not finite.
+            ServingError: if a name is missing or unknown, a rank or size is wrong or 0, the batch size is not the
+                same for all, or a number is not finite.
         """
         self.check_names(inputs)
         for name, spec in self.inputs.items():
             array = inputs[name]
-            if not spec.takes(array.shape):
-                raise ServingError(Code.INVALID_ARGUMENT, f"Input {name!r} takes {spec}. Received shape {array.shape}.")
-            if spec.batched and not array.shape[0]:
-                raise ServingError(
-                    Code.INVALID_ARGUMENT,
-                    f"Input {name!r} takes {spec}. Received an empty batch, {array.shape}; send at least one example.",
-                )
+            spec.check(array.shape)
             if spec.dtype.is_floating and not allow_non_finite and not np.isfinite(array).all():
                 raise ServingError(
                     Code.INVALID_ARGUMENT,
@@ -85,7 +79,7 @@ class Signature:
             raise ServingError(
                 Code.INVALID_ARGUMENT,
                 f"input size does not match signature: {self.name!r} takes {takes}. Sent extra: "
-                f"{sorted(names.keys() - self.inputs.keys())}. Missing but required: "
+                f"{short(sorted(names.keys() - self.inputs.keys()))}. Missing but required: "
                 f"{sorted(self.inputs.keys() - names.keys())}.",
             )
 
@@ -120,7 +114,7 @@ class SavedModel:
         if found is None:
             raise ServingError(
                 Code.FAILED_PRECONDITION,
-                f'Serving signature key "{name or DEFAULT_SIGNATURE}" not found. '
+                f'Serving signature key "{short(name or DEFAULT_SIGNATURE)}" not found. '
                 f"The model has: {', '.join(self.signatures)}.",
             )
         return found
@@ -194,8 +188,6 @@ def _warm_up(model: SavedModel) -> None:
         request = log.predict_log.request
         signature = model.signature(request.model_spec.signature_name)
         signature.check_names(request.inputs)
-        inputs = {
-            name: from_proto(request.inputs[name], spec, max_bytes=2**31) for name, spec in signature.inputs.items()
-        }
+        inputs = from_protos(request.inputs, signature.inputs, max_bytes=2**31)
         signature.check(inputs, allow_non_finite=True)
         signature.run(inputs)

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import logging
 import math
+import os
 import re
 import signal
 import socket
+import sys
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from keras_dsr.serving.errors import needs_extra
 
+if TYPE_CHECKING:
+    import grpc
+
 _LOGGER = logging.getLogger("keras_dsr.serving")
+_LAST = 1.0  # seconds that idle threads have to end in, even if there is no grace
+_CONNECTIONS = 10  # of REST, for each request that there may be at once: many of a client's are idle
+_BESIDE = 4  # gRPC's threads for status and metadata while predictions take all others
 _NAME = re.compile(r"[^/:\s]+")
 
 
@@ -34,11 +45,13 @@ class Settings:
         max_batch_size: How many examples to join to one run; 1 joins nothing. Larger requests run alone.
         batch_timeout: Seconds that a batch waits to be filled; 0 takes what waits anyway.
         max_queue: How many requests may wait for one signature; one more is answered UNAVAILABLE (503).
-        max_requests: How many requests there may be at once over gRPC, and as many over REST; one more is answered
+        max_requests: How many predictions there may be at once over gRPC, and as many over REST; one more is answered
             RESOURCE_EXHAUSTED (429).
-        max_request_bytes: How large a request may be; a larger one is answered RESOURCE_EXHAUSTED (413).
+        max_request_bytes: How large a request may be; a larger one is answered RESOURCE_EXHAUSTED (413). All requests
+            over REST may have four times as many; one that has more is answered RESOURCE_EXHAUSTED (429).
+        max_examples: How many examples a request may have; one with more is answered INVALID_ARGUMENT (400).
         rest_timeout: Seconds in which a REST request must have arrived and had its turn; gRPC's clients set their own.
-        grace: Seconds that requests have to end in when the server stops.
+        grace: Seconds that requests have to end in when the server stops. What waits is refused after them.
         allow_non_finite: Whether NaN and infinity may be among the inputs.
 
     Raises:
@@ -55,6 +68,7 @@ class Settings:
     max_queue: int = 64
     max_requests: int = 96
     max_request_bytes: int = 64 * 2**20
+    max_examples: int = 1024
     rest_timeout: float = 30.0
     grace: float = 30.0
     allow_non_finite: bool = False
@@ -65,9 +79,13 @@ class Settings:
                 raise ValueError(f"{name} must be a port, or 0 for any free one. Received {getattr(self, name)}.")
         if self.grpc_port == self.rest_port != 0:
             raise ValueError(f"gRPC and REST need a port each. Received {self.grpc_port} for both.")
-        for name in ("latest", "max_batch_size", "max_queue", "max_requests", "max_request_bytes"):
+        for name in ("latest", "max_batch_size", "max_queue", "max_requests", "max_request_bytes", "max_examples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1. Received {getattr(self, name)}.")
+        if self.max_request_bytes >= 2**31:
+            raise ValueError(
+                f"max_request_bytes must be below 2 GiB, which gRPC cannot take. Received {self.max_request_bytes}."
+            )
         for name in ("poll", "rest_timeout"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a time above 0 in seconds. Received {getattr(self, name)}.")
@@ -93,8 +111,9 @@ def model_folders(words: Iterable[str]) -> dict[str, Path]:
     """
     folders: dict[str, Path] = {}
     for word in words:
-        name, equals, folder = word.rpartition("=")
-        name = name if equals else Path(folder).resolve().name
+        name, equals, folder = word.partition("=")
+        if not equals or "/" in name:  # a folder's own path may have a "=" in it
+            name, folder = Path(word).resolve().name, word
         if name in folders:
             raise ValueError(f"Two models are called {name!r}. Name one of them: other={folder}.")
         folders[name] = Path(folder)
@@ -143,19 +162,31 @@ class Server:
         _check(folders)
         self.settings = settings
         shown = metrics.Metrics(list(folders))
-        load = predict.Loader(shown, settings.max_batch_size, settings.batch_timeout, settings.max_queue)
+        self._closed = threading.Event()
+        load = predict.Loader(
+            shown, settings.max_batch_size, settings.batch_timeout, settings.max_queue, stopped=self._closed
+        )
         self._models = manager.Manager(folders, load, poll=settings.poll, latest=settings.latest)
-        predictor = predict.Predictor(self._models, shown, allow_non_finite=settings.allow_non_finite)
-        services = grpc_api.Services(predictor, self._models, shown, max_request_bytes=settings.max_request_bytes)
+        predictor = predict.Predictor(
+            self._models, shown, max_examples=settings.max_examples, allow_non_finite=settings.allow_non_finite
+        )
+        services = grpc_api.Services(
+            predictor,
+            self._models,
+            shown,
+            max_requests=settings.max_requests,
+            max_request_bytes=settings.max_request_bytes,
+        )
         self._handlers = services.handlers()
-        self._threads = ThreadPoolExecutor(settings.max_requests, thread_name_prefix="keras-dsr-rest")
+        self._grpc_threads = ThreadPoolExecutor(settings.max_requests + _BESIDE, thread_name_prefix="keras-dsr-grpc")
+        self._rest_threads = ThreadPoolExecutor(settings.max_requests, thread_name_prefix="keras-dsr-rest")
         self._application = rest_api.RestApi(
             predictor,
             services,
             shown,
-            self._threads,
-            max_request_bytes=settings.max_request_bytes,
+            self._rest_threads,
             max_requests=settings.max_requests,
+            max_request_bytes=settings.max_request_bytes,
             timeout=settings.rest_timeout,
         ).application()
         self._ports: tuple[int, int] | None = None
@@ -196,27 +227,23 @@ class Server:
         if self._ports is not None:
             raise RuntimeError("A server starts once. Make another one.")
         settings = self.settings
-        listener = _listen(settings.host, settings.rest_port)
-        self._grpc = grpc.server(
-            ThreadPoolExecutor(settings.max_requests, thread_name_prefix="keras-dsr-grpc"),
-            handlers=self._handlers,
-            options=[
-                ("grpc.max_receive_message_length", settings.max_request_bytes),
-                ("grpc.max_send_message_length", -1),
-                ("grpc.so_reuseport", 0),  # a port that is taken is an error, not shared
-            ],
-            maximum_concurrent_rpcs=settings.max_requests,
-        )
-        try:
-            grpc_port = self._grpc.add_insecure_port(_address(settings.host, settings.grpc_port))
-        except RuntimeError as error:
-            listener.close()
-            raise OSError(
-                errno.EADDRINUSE,
-                f"gRPC cannot listen at {_address(settings.host, settings.grpc_port)}: the port is taken, or the "
-                "address is not of this machine. Choose another with --grpc-port, or 0 for any free one",
-            ) from error
-        self._models.start()
+        with contextlib.ExitStack() as undo:
+            listener = undo.enter_context(_listen(settings.host, settings.rest_port))
+            server = grpc.server(
+                self._grpc_threads,
+                handlers=self._handlers,
+                options=[
+                    ("grpc.max_receive_message_length", settings.max_request_bytes),
+                    ("grpc.max_send_message_length", -1),
+                    ("grpc.so_reuseport", 0),  # a port that is taken is an error, not shared
+                ],
+                maximum_concurrent_rpcs=settings.max_requests + _BESIDE,
+            )
+            grpc_port = _bind(server, settings)
+            undo.callback(_release, server)
+            self._models.start()
+            undo.pop_all()
+        self._grpc = server
         self._uvicorn = uvicorn.Server(
             uvicorn.Config(
                 self._application,
@@ -225,6 +252,7 @@ class Server:
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                limit_concurrency=_CONNECTIONS * settings.max_requests,
                 timeout_graceful_shutdown=math.ceil(settings.grace),
             )
         )
@@ -233,15 +261,30 @@ class Server:
         self._grpc.start()
         self._rest.start()
 
-    def stop(self) -> None:
-        """Takes no more requests, lets those that run come to their end within the grace, and stops."""
+    def stop(self) -> bool:
+        """Takes no more requests and versions, lets what runs come to its end within the grace, and stops.
+
+        Returns:
+            Whether all came to its end. What did not goes on in its thread, which Python waits for as the process ends.
+        """
         if self._ports is None:
-            return
+            return True
+        deadline = time.monotonic() + self.settings.grace
+        self._models.stop()
         self._uvicorn.should_exit = True
         self._grpc.stop(self.settings.grace).wait()
         self._rest.join()
-        self._models.stop()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._closed.set()
+        threads = threading.Thread(target=self._join, name="keras-dsr-stop", daemon=True)
+        threads.start()
+        threads.join(max(_LAST, deadline - time.monotonic()))
+        return not threads.is_alive()
+
+    def _join(self) -> None:
+        """Waits for all that runs."""
+        for pool in (self._grpc_threads, self._rest_threads):
+            pool.shutdown(cancel_futures=True)
+        self._models.join()
 
     def __enter__(self) -> Server:
         self.start()
@@ -271,24 +314,51 @@ def run(models: Mapping[str, str | Path], settings: Settings = Settings()) -> No
     stopped = threading.Event()
 
     def stop(number: int, frame: object) -> None:
-        signal.signal(number, before[number])
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
         stopped.set()
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
+        signal.signal(number, stop)
     try:
-        with server:
-            for name in models:
-                url = f"http://{server.rest_address}/v1/models/{name}"
-                print(f"{name}: gRPC {server.grpc_address}, REST {url}", flush=True)
-            stopped.wait()
-            print("Stopping: requests that run come to their end.", flush=True)
+        server.start()
+        for name in models:
+            url = f"http://{server.rest_address}/v1/models/{name}"
+            print(f"{name}: gRPC {server.grpc_address}, REST {url}", flush=True)
+        stopped.wait()
+        print("Stopping: requests that run come to their end.", flush=True)
     finally:
+        ended = server.stop()
         for number, handler in before.items():
             signal.signal(number, handler)
+    if not ended:
+        print(f"What has not come to its end within {settings.grace:g} seconds is cut off.", flush=True)
+        sys.stderr.flush()
+        os._exit(0)  # the end of the interpreter would wait for what still runs
 
 
 def _address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _bind(server: grpc.Server, settings: Settings) -> int:
+    """Takes the port of gRPC."""
+    address = _address(settings.host, settings.grpc_port)
+    try:
+        return server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise OSError(
+            errno.EADDRINUSE,
+            f"gRPC cannot listen at {address}: the port is taken, or the address is not of this machine. Choose "
+            "another with --grpc-port, or 0 for any free one",
+        ) from error
+
+
+def _release(server: grpc.Server) -> None:
+    """Gives the port of a server back that was not started: gRPC does so only for one that was."""
+    server.start()
+    server.stop(None)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import types
+from collections.abc import Mapping
 
 import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework.tensor_pb2 import TensorProto
 from tensorflow.core.protobuf.meta_graph_pb2 import TensorInfo
 
-from keras_dsr.serving.errors import Code, ServingError
+from keras_dsr.serving.errors import Code, ServingError, short
 
 # Where TensorFlow Serving puts the values. Many clients read `outputs["logits"].float_val` themselves.
 _FIELDS = types.MappingProxyType(
@@ -67,6 +68,18 @@ class TensorSpec:
             and all(size is None or size == given for size, given in zip(self.shape, shape, strict=True))
         )
 
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Refuses a shape that does not fit, or holds nothing.
+
+        Raises:
+            ServingError: with what fits.
+        """
+        received = f"Input {self.name!r} takes {self}. Received shape {short(shape)}"
+        if not self.takes(shape):
+            raise ServingError(Code.INVALID_ARGUMENT, f"{received}.")
+        if 0 in shape and 0 not in (self.shape or ()):
+            raise ServingError(Code.INVALID_ARGUMENT, f"{received}, which is empty: send at least 1 of each dimension.")
+
     def __str__(self) -> str:
         if self.shape is None:
             return f"{self.dtype.name} of any shape"
@@ -78,36 +91,61 @@ def _text(shape: tuple[int | None, ...]) -> str:
     return f"({sizes[0]},)" if len(sizes) == 1 else f"({', '.join(sizes)})"
 
 
-def from_proto(proto: TensorProto, spec: TensorSpec, max_bytes: int) -> np.ndarray:
-    """The array in a request's tensor.
+def from_protos(
+    protos: Mapping[str, TensorProto], specs: Mapping[str, TensorSpec], max_bytes: int
+) -> dict[str, np.ndarray]:
+    """The arrays in a request's tensors.
 
     Args:
-        proto: The tensor.
-        spec: What the signature takes.
-        max_bytes: How large the array may be: one value in a message may stand for any number of equal ones.
+        protos: The tensors by name.
+        specs: What the signature takes, by the same names.
+        max_bytes: How large the arrays may be together: one value in a message may stand for any number of equal ones.
 
     Raises:
-        ServingError: if it is of another type, malformed, or too large.
+        ServingError: if one is of another type or shape, or malformed, or all are too large.
     """
+    size, arrays = 0, {}
+    for name, spec in specs.items():
+        shape = _check(protos[name], spec)
+        size += _bytes(protos[name], shape, spec)
+        if size > max_bytes:
+            raise ServingError(
+                Code.RESOURCE_EXHAUSTED,
+                f"This server takes at most {max_bytes} bytes in the inputs of a request. Received {size} up to "
+                f"{name!r} of shape {short(shape)}. Send smaller batches.",
+            )
+        arrays[name] = _array(protos[name], shape, spec)
+    return arrays
+
+
+def _check(proto: TensorProto, spec: TensorSpec) -> tuple[int, ...]:
+    """The shape of a tensor, before anything is made of it; refuses one that does not fit."""
     expected = f"Input {spec.name!r} takes {spec}."
     if proto.dtype != spec.dtype.as_datatype_enum:
         raise ServingError(Code.INVALID_ARGUMENT, f"{expected} Received {_type_name(proto.dtype)}.")
     shape = tuple(dim.size for dim in proto.tensor_shape.dim)
     if proto.tensor_shape.unknown_rank or any(size < 0 for size in shape):
         raise ServingError(Code.INVALID_ARGUMENT, f"{expected} Received a tensor that does not say its whole shape.")
-    size = math.prod(shape) * spec.dtype.size
-    if size > max_bytes:
-        raise ServingError(
-            Code.RESOURCE_EXHAUSTED,
-            f"{expected} Received shape {_text(shape)}, which is {size} bytes. "
-            f"This server takes at most {max_bytes}; send smaller batches.",
-        )
+    spec.check(shape)
+    return shape
+
+
+def _bytes(proto: TensorProto, shape: tuple[int, ...], spec: TensorSpec) -> int:
+    """How large the array of a tensor is."""
+    count = math.prod(shape)
+    size = count * spec.dtype.size
+    texts = proto.string_val
+    if texts:
+        size += sum(map(len, texts)) + max(0, count - len(texts)) * len(texts[-1])  # the last stands for all after it
+    return size
+
+
+def _array(proto: TensorProto, shape: tuple[int, ...], spec: TensorSpec) -> np.ndarray:
     try:
         return tf.make_ndarray(proto)
-    except (TypeError, ValueError) as error:
-        raise ServingError(
-            Code.INVALID_ARGUMENT, f"{expected} Received shape {_text(shape)} with values that do not fill it: {error}"
-        ) from error
+    except (OverflowError, TypeError, ValueError) as error:
+        received = f"Received shape {short(shape)} with values that do not fit it: {error}"
+        raise ServingError(Code.INVALID_ARGUMENT, f"Input {spec.name!r} takes {spec}. {received}") from error
 
 
 def to_proto(array: np.ndarray) -> TensorProto:

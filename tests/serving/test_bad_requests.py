@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import socket
@@ -23,6 +24,8 @@ from tensorflow_serving.apis import (
     predict_pb2,
     prediction_service_pb2_grpc,
 )
+
+from keras_dsr.serving import Client, Code
 
 pytestmark = pytest.mark.tensorflow_only
 
@@ -74,7 +77,20 @@ GRPC = {
     "missing_state": (request(signature="step", frame=IMAGE), INVALID, "required: .'count_if', 'potential_if'", True),
     "nan": (request(image=np.full_like(IMAGE, np.nan)), INVALID, r"finite numbers.*at \[0\]\[0\]\[0\]\[0\]", False),
     "infinity": (request(image=np.full_like(IMAGE, np.inf)), INVALID, "takes finite numbers", False),
-    "empty_batch": (request(image=IMAGE[:0]), INVALID, "empty batch.*send at least one example", False),
+    "empty_batch": (request(image=IMAGE[:0]), INVALID, r"\(0, 4, 4, 1\), which is empty: send at least 1", False),
+    "empty_dimension": (request(signature="loose", x=np.zeros((1, 0), "float32")), INVALID, "is empty: send", False),
+    "examples": (
+        request(signature="initial_state", stream=tensor((1025,), tf.int64, int64_val=[7])),
+        INVALID,
+        "may have 1024 examples. Received 1025 in 'stream'. Send smaller batches, or .*--max-examples",
+        False,
+    ),
+    "range": (
+        request(signature="pixels", pixels=tensor((1, 2), tf.uint8, int_val=[300, 1])),
+        INVALID,
+        r"takes uint8 \(\?, 2\). Received shape \(1, 2\) with values that do not fit it: .*300",
+        False,
+    ),
     "state_of_another_batch": (
         step(potential_if=np.zeros((3, 3), "float32")),
         INVALID,
@@ -88,11 +104,13 @@ GRPC = {
     "version_negative": (request(version=-1, image=IMAGE), NOT_FOUND, "Available versions: 1", True),
     "label": (request(label="stable", image=IMAGE), INVALID, "Unrecognized servable version label: stable", True),
     "signature": (request(signature="nothing", image=IMAGE), FAILED, '"nothing" not found.*has: .*step', True),
+    "signature_long": (request(signature="é" * 5000, image=IMAGE), FAILED, r'"é+\.\.\." not found.*has: .*step', True),
+    "name_long": (request(**{"é" * 5000: IMAGE}), INVALID, "extra: .'é+.*required: .'image'", True),
     "output": (request(outputs=["nothing"], image=IMAGE), INVALID, "not found in signature: nothing.*logits", True),
     "output_twice": (request(outputs=["class", "class"], image=IMAGE), INVALID, "duplicate output", True),
     "no_model_spec": (predict_pb2.PredictRequest(), INVALID, "Missing ModelSpec", True),
-    "too_many_values": (request(image=tensor((1, 4, 4, 1), float_val=[0.0] * 17)), INVALID, "do not fill it", True),
-    "cut_content": (request(image=tensor(tensor_content=b"123")), INVALID, "values that do not fill it", True),
+    "too_many_values": (request(image=tensor((1, 4, 4, 1), float_val=[0.0] * 17)), INVALID, "do not fit it", True),
+    "cut_content": (request(image=tensor(tensor_content=b"123")), INVALID, "values that do not fit it", True),
     "negative_size": (request(image=tensor((-2, 4, 4, 1))), INVALID, "does not say its whole shape", True),
     "inside_the_graph": (request(signature="positive", x=np.array([-1], "int32")), INVALID, "x must be positive", True),
 }  # fmt: skip
@@ -118,6 +136,12 @@ def test_grpc_metadata_and_status(server):
         with pytest.raises(grpc.RpcError, match="Missing ModelSpec") as error:
             predictions.GetModelMetadata(metadata, 30)
         assert error.value.code() is INVALID
+        metadata.model_spec.SetInParent()
+        metadata.metadata_field.append("signature_def")
+        with pytest.raises(grpc.RpcError, match="no name specified") as error:
+            predictions.GetModelMetadata(metadata, 30)
+        assert error.value.code() is INVALID
+        metadata.ClearField("metadata_field")
         metadata.model_spec.name = NAME
         with pytest.raises(grpc.RpcError, match="at least one metadata_field") as error:
             predictions.GetModelMetadata(metadata, 30)
@@ -147,11 +171,14 @@ def test_grpc_malformed_message(server):
         assert "not a tensorflow.serving.PredictRequest" in error.value.details()
 
 
-def test_one_value_that_stands_for_too_many(server):
+@pytest.mark.parametrize("message", [
+    request(image=tensor((2**40, 4, 4, 1), float_val=[1.0])),
+    request(signature="text", text=tensor((100_000,), tf.string, string_val=[b"x" * 1000])),
+])  # fmt: skip
+def test_one_value_that_stands_for_too_many(server, message):
     """A few bytes must not become gigabytes."""
     if not server.ours:
         pytest.skip("TensorFlow Serving makes the tensor")
-    message = request(image=tensor((2**40, 4, 4, 1), float_val=[1.0]))
     with grpc.insecure_channel(server.grpc) as channel, pytest.raises(grpc.RpcError, match="at most") as error:
         prediction_service_pb2_grpc.PredictionServiceStub(channel).Predict(message, 30)
     assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -184,8 +211,12 @@ REST = {
     "range": ("POST", ":predict", {"signature_name": "pixels", "inputs": [[256, 2]]}, 400, "out of its range", False),
     "overflow": ("POST", ":predict", {"signature_name": "inverse", "inputs": [[1e300, 1]]}, 400, "out of its", True),
     "inexact": ("POST", ":predict", {"signature_name": "inverse", "inputs": [[2**60, 1]]}, 400, "exactly", True),
+    "huge": ("POST", ":predict", {"signature_name": "inverse", "inputs": [[10**400, 1]]}, 400, "±16777215", False),
+    "empty_dimension": ("POST", ":predict", {"signature_name": "loose", "inputs": [[]]}, 400, "is empty: send", False),
+    "examples": ("POST", ":predict", {"signature_name": "initial_state", "inputs": [7] * 1025}, 400, "1024", False),
     "nan": ("POST", ":predict", b'{"signature_name": "inverse", "inputs": [[NaN, 1]]}', 400, "takes finite", False),
     "names": ("POST", ":predict", {"instances": [{"picture": ROWS[0]}]}, 400, "keys image.*picture", True),
+    "names_long": ("POST", ":predict", {"instances": [{"x" * 9000: 1}]}, 400, r"'x+\.\.\. at item 0", True),
     "names_differ": ("POST", ":predict", {"instances": [{"image": ROWS[0]}, 1]}, 400, "Number at item 1", True),
     "plain_for_several": ("POST", ":predict", {"signature_name": "step", "instances": [1]}, 400, "count_if", True),
     "column_missing": ("POST", ":predict", {"signature_name": "step", "inputs": {"frame": 1}}, 400, "keys count", True),
@@ -285,6 +316,33 @@ class TestLimits:
             prediction_service_pb2_grpc.PredictionServiceStub(channel).Predict(big, 30)
         assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
+    def test_inputs_together(self, ours):
+        """Each is below the limit."""
+        server = ours(max_request_bytes=10_000)
+        rows = tensor((400, 3), float_val=[1.0])
+        message = step(frame=rows, potential_if=rows, count_if=tensor((400,), tf.int32, int_val=[1]))
+        with (
+            grpc.insecure_channel(server.grpc) as channel,
+            pytest.raises(grpc.RpcError, match="at most 10000") as error,
+        ):
+            prediction_service_pb2_grpc.PredictionServiceStub(channel).Predict(message, 30)
+        assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    def test_rest_bodies_at_once(self, ours, until):
+        """Four of the largest are held; once one is gone there is room for another."""
+        server = ours(max_request_bytes=10_000)
+        host, port = server.rest.split(":")
+        head = b"POST /v1/models/toy:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 10000\r\n\r\n"
+        body = json.dumps({"instances": ROWS})
+        with contextlib.ExitStack() as stack:
+            for _ in range(4):
+                connection = stack.enter_context(socket.create_connection((host, int(port)), timeout=30))
+                connection.sendall(head + b" " * 9990)
+            until(lambda: httpx.post(server.url(":predict"), content=body).status_code == 429)
+            answer = httpx.post(server.url(":predict"), content=body)
+            assert "have 40000 bytes, which is as many as may be. Try again later" in answer.json()["error"]
+        until(lambda: httpx.post(server.url(":predict"), content=body).status_code == 200)
+
     def busy(self, server, turns):
         """Requests that take long, one after another."""
         with grpc.insecure_channel(server.grpc) as channel:
@@ -313,9 +371,25 @@ class TestLimits:
         got = self.outcomes(ours(max_requests=2), 400, 6)
         assert {code for code, _ in got} == {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
 
+    @pytest.mark.parametrize("transport", ["grpc", "rest"])
+    def test_status_and_metadata_are_answered_meanwhile(self, ours, until, transport):
+        server = ours(max_requests=1, max_batch_size=1)
+        with (
+            Client(getattr(server, transport), NAME, transport=transport, retries=0, timeout=120) as client,
+            ThreadPoolExecutor(2) as threads,
+        ):
+            asked = [threads.submit(client.predict, np.array([4000], "int32"), "slow") for _ in range(2)]
+            until(lambda: any(each.done() for each in asked))
+            refused, running = sorted(asked, key=lambda each: not each.done())
+            assert refused.exception().code is Code.RESOURCE_EXHAUSTED
+            assert client.status() == {1: "AVAILABLE"}
+            assert "slow" in client.metadata()
+            assert not running.done(), "it ran all the while"
+            assert running.result(120)["turns"].tolist() == [4000]
+
     def test_rest_queue_and_requests_at_once(self, ours):
         server = ours(max_requests=3, max_queue=1, max_batch_size=1)
-        body = json.dumps({"signature_name": "slow", "inputs": [400]})
+        body = json.dumps({"signature_name": "slow", "inputs": [4000]})
 
         def one(_):
             answer = httpx.post(server.url(":predict"), content=body, timeout=60)

@@ -33,7 +33,8 @@ class Function:
 
 
 def batcher(run, **settings):
-    return Batcher(run, **{"max_batch_size": 8, "batch_timeout": 0.0, "max_queue": 64, **settings})
+    defaults = {"max_batch_size": 8, "batch_timeout": 0.0, "max_queue": 64, "stopped": threading.Event()}
+    return Batcher(run, **{**defaults, **settings})
 
 
 def gathered(requests, until, max_batch_size=8, function=None):
@@ -129,6 +130,25 @@ def test_full_queue_and_deadline(until):
         assert first.result(30)["y"].tolist() == [2]
     assert batches._queued == 0
     assert not batches._lanes, "nothing is kept of shapes that came once"
+
+
+def test_once_it_has_stopped_nothing_more_begins_to_run(until):
+    function, stopped = Function(), threading.Event()
+    batches = batcher(function, stopped=stopped)
+    with ThreadPoolExecutor(3) as threads:
+        first = threads.submit(batches.submit, {"x": rows(1)})
+        assert function.running.wait(30)
+        waiting = [threads.submit(batches.submit, {"x": rows(value)}) for value in (2, 3)]
+        until(lambda: batches._queued == 2)
+        stopped.set()
+        function.go.set()
+        assert first.result(30)["y"].tolist() == [2]
+        for each in waiting:
+            with pytest.raises(ServingError, match="has stopped") as error:
+                each.result(30)
+            assert error.value.code is Code.UNAVAILABLE
+    assert function.sizes == [1]
+    assert not batches._lanes
 
 
 def test_timeout_fills_the_batch(until):

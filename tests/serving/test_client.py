@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import numpy as np
 import pytest
 from serving import toy
@@ -47,6 +50,15 @@ def test_types_are_cast_where_that_keeps_their_kind(client, image):
     with pytest.raises(ServingError) as error:
         client.predict(np.array([[0.5, 1.5]]), "pixels")
     assert error.value.code is Code.INVALID_ARGUMENT
+
+
+def test_whole_numbers_are_cast_where_they_fit(client):
+    assert client.predict([[1, 2], [200, 100]], "pixels")["sum"].tolist() == [3, 300]
+    with pytest.raises(ServingError, match=r"takes uint8, from 0 to 255\. Received values from -1 to 300") as error:
+        client.predict(np.array([[300, -1]]), "pixels")
+    assert error.value.code is Code.INVALID_ARGUMENT
+    with pytest.raises(ServingError, match=r"takes int32, .* Received values from 4294967297 to"):
+        client.predict(np.array([2**32 + 1], "uint64"), "positive")
 
 
 def test_strings_and_scalars(client):
@@ -186,12 +198,38 @@ class TestRetries:
             client.status()
         assert error.value.code is Code.UNAVAILABLE
 
+    def test_a_server_that_comes(self):
+        """gRPC by itself would connect again only after a second."""
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with Client(address, toy.NAME, retries=0) as client:
+            with pytest.raises(ServingError) as error:
+                client.status()
+            assert error.value.code is Code.UNAVAILABLE
+            server = grpc.server(ThreadPoolExecutor(1))
+            server.add_insecure_port(address)
+            server.start()
+            time.sleep(0.4)
+            with pytest.raises(ServingError) as error:
+                client.status()
+            server.stop(None)
+        assert error.value.code is Code.UNIMPLEMENTED, "it answers, though it has no such service"
+
     def test_no_answer_in_time(self, server, transport):
         with Client(getattr(server, transport), toy.NAME, transport=transport, timeout=0.3) as client:
             client.metadata()
             with pytest.raises(ServingError) as error:
                 client.predict(np.array([4000], "int32"), "slow")
         assert error.value.code is Code.DEADLINE_EXCEEDED
+
+
+def test_a_proxy_is_not_asked(server, transport, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    for name in ("no_proxy", "no_grpc_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with Client(getattr(server, transport), toy.NAME, transport=transport) as client:
+        assert client.status() == {1: "AVAILABLE"}
 
 
 def test_without_the_extra(monkeypatch, tmp_path, transport):

@@ -25,7 +25,18 @@ fuzz = settings(
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-SIGNATURES = ["", "serving_default", "step", "initial_state", "pixels", "text", "scalar", "positive", "inverse"]
+SIGNATURES = [
+    "",
+    "serving_default",
+    "step",
+    "initial_state",
+    "pixels",
+    "text",
+    "scalar",
+    "positive",
+    "inverse",
+    "loose",
+]
 INPUTS = ["image", "frame", "potential_if", "count_if", "stream", "pixels", "text", "x", "b64"]
 REFUSALS = {400, 404, 413, 429, 501}
 CODES = {
@@ -35,7 +46,7 @@ CODES = {
     grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 
-numbers = st.integers(-(2**70), 2**70) | st.floats() | st.sampled_from([0, 1, 255, 256])
+numbers = st.integers(-(2**70), 2**70) | st.floats() | st.sampled_from([0, 1, 255, 256, 10**400, -(10**400)])
 leaves = st.none() | st.booleans() | numbers | st.text(max_size=3)
 values = st.recursive(
     leaves,

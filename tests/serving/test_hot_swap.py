@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +21,7 @@ import tensorflow as tf
 from serving import toy
 from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
+from keras_dsr import cli
 from keras_dsr.serving import Client, Code, Server, ServingError, Settings, model_folders
 
 pytestmark = pytest.mark.tensorflow_only
@@ -134,6 +139,23 @@ class TestStart:
         with pytest.raises(OSError, match="gRPC cannot listen"):
             Server({"toy": tmp_path}, Settings(grpc_port=port, rest_port=0)).start()
 
+    def test_ports_are_given_back_where_it_fails(self, versions, publish, tmp_path, monkeypatch):
+        publish(versions[1], tmp_path)
+
+        def stop_here(self):
+            raise KeyboardInterrupt
+
+        with contextlib.ExitStack() as stack:
+            sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
+            grpc_port, rest_port = (each.getsockname()[1] for each in sockets)
+        ports = {"grpc_port": grpc_port, "rest_port": rest_port}
+        with monkeypatch.context() as patch:
+            patch.setattr("keras_dsr.serving.manager.Manager.start", stop_here)
+            with pytest.raises(KeyboardInterrupt):
+                Server({"toy": tmp_path}, Settings(**ports)).start()
+        with toy.start_ours(tmp_path, **ports) as running, Client(running.grpc, toy.NAME) as client:
+            assert client.status() == {1: "AVAILABLE"}
+
     def test_it_has_addresses_once_it_was_started(self, tmp_path):
         server = Server({"toy": tmp_path}, Settings(grpc_port=0, rest_port=0))
         with pytest.raises(RuntimeError, match="once it was started"):
@@ -157,6 +179,8 @@ class TestStart:
 
     def test_words(self, tmp_path):
         assert model_folders([f"{tmp_path}/", f"other={tmp_path}"]) == {tmp_path.name: tmp_path, "other": tmp_path}
+        folder = tmp_path / "lr=0.1"
+        assert model_folders([str(folder), f"small={folder}"]) == {"lr=0.1": folder, "small": folder}
         with pytest.raises(ValueError, match="Two models are called 'a'"):
             model_folders(["a=x", "a=y"])
 
@@ -164,12 +188,23 @@ class TestStart:
         ({"grpc_port": 70000}, "grpc_port must be a port"),
         ({"grpc_port": 9000, "rest_port": 9000}, "a port each"),
         ({"max_queue": 0}, "max_queue must be at least 1"),
+        ({"max_examples": 0}, "max_examples must be at least 1"),
+        ({"max_request_bytes": 2**31}, "max_request_bytes must be below 2 GiB"),
         ({"poll": 0}, "poll must be a time above 0"),
         ({"grace": -1}, "grace must be a time in seconds"),
     ])  # fmt: skip
     def test_settings(self, settings, says):
         with pytest.raises(ValueError, match=says):
             Settings(**settings)
+
+    def test_command_line(self, monkeypatch, capsys):
+        got = []
+        monkeypatch.setattr("keras_dsr.serving.run", lambda models, settings: got.append((models, settings)))
+        words = ["serve", "small=models/a=b", "--max-examples", "7", "--max-request-mb"]
+        assert cli.main([*words, "2"]) == 0
+        assert got == [({"small": Path("models/a=b")}, Settings(max_examples=7, max_request_bytes=2 * 2**20))]
+        assert cli.main([*words, "2048"]) == 1
+        assert "keras-dsr: max_request_bytes must be below 2 GiB" in capsys.readouterr().err
 
     def test_a_base_without_versions_waits_for_one(self, versions, publish, tmp_path, until, image):
         with toy.start_ours(tmp_path) as running, Client(running.grpc, toy.NAME) as client:
@@ -231,6 +266,46 @@ def test_stopping_lets_requests_end(versions, publish, until, tmp_path, transpor
         assert not asked.done(), "it was under way as the server refused others"
         assert asked.result(120)["turns"].tolist() == turns.tolist()
         stopped.result(60)
+
+
+class TestSignals:
+    SERVE = "import sys; from keras_dsr import serving; serving.run({'toy': sys.argv[1]}, serving.Settings(grpc_port=0,"
+    SERVE += " rest_port=0, grace=float(sys.argv[2])))"
+
+    @contextlib.contextmanager
+    def busy(self, base, grace):
+        """A process that serves, with a request that takes minutes."""
+        command = [sys.executable, "-c", self.SERVE, str(base), str(grace)]
+        with (
+            subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process,
+            ThreadPoolExecutor(1) as threads,
+        ):
+            try:
+                address = re.match("toy: gRPC ([^,]+), REST", process.stdout.readline())[1]
+                with Client(address, toy.NAME, retries=0, timeout=600) as client:
+                    client.predict(np.array([1], "int32"), "slow")
+                    asked = threads.submit(client.predict, np.array([10**7], "int32"), "slow")
+                    time.sleep(1)
+                    process.send_signal(signal.SIGTERM)
+                    assert process.stdout.readline().startswith("Stopping")
+                    yield process
+                    with pytest.raises(ServingError) as error:
+                        asked.result(60)
+                    assert error.value.code is Code.UNAVAILABLE
+            finally:
+                process.kill()
+
+    def test_what_does_not_end_within_the_grace_is_cut_off(self, versions, publish, tmp_path):
+        publish(versions[1], tmp_path)
+        with self.busy(tmp_path, grace=0.5) as process:
+            assert process.wait(30) == 0
+            assert process.stdout.read() == "What has not come to its end within 0.5 seconds is cut off.\n"
+
+    def test_a_second_one_ends_the_process_at_once(self, versions, publish, tmp_path):
+        publish(versions[1], tmp_path)
+        with self.busy(tmp_path, grace=600) as process:
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == -signal.SIGINT
 
 
 def test_load(monkeypatch):

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from keras_dsr.serving import manager as manager_module
 from keras_dsr.serving.errors import Code, ServingError
 from keras_dsr.serving.manager import Manager, State
 
@@ -47,6 +48,7 @@ def start(tmp_path, load):
     yield make
     for manager in managers:
         manager.stop()
+        manager.join()
 
 
 def states(manager):
@@ -144,11 +146,62 @@ def test_a_folder_that_cannot_be_read_changes_nothing(tmp_path, start, load):
     manager.stop()
 
 
+def test_a_file_that_cannot_be_read(tmp_path, start, load, until):
+    """Its version is refused as any other, and the thread goes on."""
+    put(tmp_path, 1)
+    manager = start()
+    put(tmp_path, 2, "broken")
+    (tmp_path / "2" / "loop").symlink_to("loop")
+    until(lambda: states(manager).get(2) is State.END)
+    (tmp_path / "2" / "saved_model.pb").write_text("fine")
+    until(lambda: serves(manager) == 2)
+    assert load.reads == [1, 2, 2]
+
+
+def test_one_model_that_fails_keeps_no_other_from_its_versions(tmp_path, load, until, monkeypatch, caplog):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        put(tmp_path / name, 1)
+    find = manager_module._versions
+
+    def fail(folder):
+        if folder.name == "a":
+            raise RuntimeError("who would have thought")
+        return find(folder)
+
+    monkeypatch.setattr(manager_module, "_versions", fail)
+    manager = Manager({name: tmp_path / name for name in ("a", "b")}, load, poll=0.02, latest=1)
+    manager.start()
+    assert manager.status("b")[0].state is State.AVAILABLE
+    assert "a: looking for versions failed" in caplog.text
+    put(tmp_path / "b", 2)
+    until(lambda: len(manager.status("b")) == 2)
+    monkeypatch.undo()
+    until(lambda: manager._models["a"].status)
+    manager.stop()
+    manager.join()
+
+
+def test_stopping_while_a_version_is_loaded_unloads_nothing(tmp_path):
+    for number in (1, 2):
+        put(tmp_path, number)
+    manager = Manager({"m": tmp_path}, lambda name, path: path.name == "4" and manager.stop(), poll=100, latest=2)
+    manager.start()
+    for number in (3, 4):
+        put(tmp_path, number)
+    manager._update(manager._models["m"])
+    assert states(manager) == dict.fromkeys((4, 2, 1), State.AVAILABLE)
+    manager.join()
+
+
 def test_unknown_models(tmp_path, start):
     manager = start()
     for ask in (lambda: manager.status("n"), lambda: manager.lease("n").__enter__()):
         with pytest.raises(ServingError, match="This server has: m") as error:
             ask()
         assert error.value.code is Code.NOT_FOUND
+    with pytest.raises(ServingError, match="no name") as error, manager.lease(""):
+        pass
+    assert error.value.code is Code.INVALID_ARGUMENT
     with pytest.raises(ServingError, match="Could not find any versions of model m"):
         manager.status("m")

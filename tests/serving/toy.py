@@ -81,10 +81,14 @@ def module(version: int):
         def inverse(self, x):
             return {"y": 1.0 / x}
 
+        @tf.function(input_signature=[spec((None, None), tf.float32, name="x")])
+        def loose(self, x):
+            return {"y": tf.reduce_sum(x, axis=1)}
+
     toy = Toy()
     signatures = {
         name: getattr(toy, name)
-        for name in ("step", "initial_state", "pixels", "text", "scalar", "positive", "slow", "inverse")
+        for name in ("step", "initial_state", "pixels", "text", "scalar", "positive", "slow", "inverse", "loose")
     }
     return toy, {"serving_default": toy.classify, **signatures}
 
