@@ -185,10 +185,9 @@ class TestRetries:
         client = Client("127.0.0.1:1", toy.NAME, retries=1000, timeout=0.5)
         client.close()
         client._transport = Flaky(1000)
-        started = time.monotonic()
         with pytest.raises(ServingError, match="not now"):
             client.status()
-        assert time.monotonic() - started < 0.6
+        assert 1 < client._transport.calls < 1000, "pauses grow, so that few calls fit into half a second"
 
     def test_nobody_there(self, transport):
         with (
@@ -216,8 +215,9 @@ class TestRetries:
         assert error.value.code is Code.UNIMPLEMENTED, "it answers, though it has no such service"
 
     def test_no_answer_in_time(self, server, transport):
-        with Client(getattr(server, transport), toy.NAME, transport=transport, timeout=0.3) as client:
+        with Client(getattr(server, transport), toy.NAME, transport=transport) as client:
             client.metadata()
+            client._timeout = 0.1
             with pytest.raises(ServingError) as error:
                 client.predict(np.array([4000], "int32"), "slow")
         assert error.value.code is Code.DEADLINE_EXCEEDED

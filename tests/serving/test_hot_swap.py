@@ -56,6 +56,7 @@ def test_versions_change_and_no_request_fails(fresh, versions, publish, until, i
         thread.start()
     try:
         with Client(fresh.rest, toy.NAME, transport="rest") as client:
+            until(lambda: 1 in answered)
             publish(versions[2], fresh.base)
             until(lambda: client.status().get(2) == "AVAILABLE" and client.status()[1] == "END")
             publish(versions[9], fresh.base)
@@ -65,7 +66,7 @@ def test_versions_change_and_no_request_fails(fresh, versions, publish, until, i
             assert len(status[9]) > len("END: "), "the reason is said"
             np.testing.assert_allclose(client.predict(image)["logits"], toy.logits(image, 2), rtol=1e-6)
             publish(versions[3], fresh.base, number=10)  # above the broken one
-            until(lambda: client.status().get(10) == "AVAILABLE")
+            until(lambda: client.status().get(10) == "AVAILABLE" and 10 in answered)
             np.testing.assert_allclose(client.predict(image)["logits"], toy.logits(image, 3), rtol=1e-6)
             with pytest.raises(ServingError) as error, Client(fresh.grpc, toy.NAME, 1) as old:
                 old.predict(image)
@@ -231,6 +232,11 @@ class TestStart:
         assert status[2].startswith("END: ")
 
 
+def under_way(server) -> int:
+    """Number of requests that hold a version of a server of this process."""
+    return sum(version.leases for model in server._models._models.values() for version in model.serving.values())
+
+
 @pytest.mark.parametrize("transport", ["grpc", "rest"])
 def test_stopping_lets_requests_end(versions, publish, until, tmp_path, transport):
     """What runs comes to its end, and what comes later is refused."""
@@ -251,7 +257,7 @@ def test_stopping_lets_requests_end(versions, publish, until, tmp_path, transpor
         # Three seconds or more: a machine that is busy as well only takes longer.
         turns = np.array([50 * 3 / min(seconds)], "int32")
         asked = threads.submit(client.predict, turns, "slow")
-        time.sleep(0.3)
+        until(lambda: under_way(server))
         stopped = threads.submit(server.stop)
         with Client(address, toy.NAME, transport=transport, retries=0, timeout=5) as late:
 
