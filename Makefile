@@ -1,6 +1,8 @@
 .PHONY: demo test lint bench
 
 PYTHON ?= python3
+# Processes that run tests; the fixtures of a file are made in one of them.
+WORKERS ?= 2
 BIN := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
@@ -10,8 +12,8 @@ demo: .venv/installed
 
 # The whole test suite on TensorFlow, then what JAX shares with it.
 test: .venv/installed-dev
-	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest
-	KERAS_BACKEND=jax $(BIN)/python -m pytest
+	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	KERAS_BACKEND=jax $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

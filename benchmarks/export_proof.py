@@ -100,7 +100,7 @@ def prove(model: Any, preprocessing: Any, x: np.ndarray, batch_size: int) -> Any
         return verify(model, x, saved_model=version, onnx=files, preprocessing=preprocessing, batch_size=batch_size)
 
 
-def table(results: dict[str, Any]) -> str:
+def table(results: dict[str, Any], reports: dict[str, Any]) -> str:
     """The results in Markdown."""
     about = results["machine"]
     lines = [
@@ -111,20 +111,14 @@ def table(results: dict[str, Any]) -> str:
         "| network | inputs | form | runtime | logits | flipped spikes | same class | verdict |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name, report in results["networks"].items():
-        for row in report["rows"]:
-            difference = "not finite" if row["max_difference"] is None else f"{row['max_difference']:.1e}"
-            if row["flipped"] is not None:
-                spikes = f"{row['flipped']:,} of {row['spikes']:,}"
-            else:
-                spikes = "" if row["count_differences"] is None else f"{row['count_differences']:,} in counts"
-            agreement = "" if row["top1_agreement"] is None else f"{row['top1_agreement']:.1%}"
+    for name, report in reports.items():
+        for row in report.rows:
+            agreement = "" if row.top1_agreement is None else f"{row.top1_agreement:.1%}"
             lines.append(
-                f"| {name} | {row['examples']} | {row['form']} | {row['runtime']} | "
-                f"{'bit-equal' if row['bit_equal'] else difference} | {spikes} | {agreement} | "
-                f"{'passed' if row['passed'] else 'failed: ' + row['reason']} |"
+                f"| {name} | {row.examples} | {row.form} | {row.runtime} | {row.answers} | {row.spikes_found} | "
+                f"{agreement} | {row.verdict}{row.reason and ': '}{row.reason} |"
             )
-    silent = {name: report["silent"] for name, report in results["networks"].items() if report["silent"]}
+    silent = ", ".join(f"{layer} of {name}" for name, report in reports.items() for layer in report.silent)
     lines += ["", f"Neuron layers that never fired: {silent or 'none'}."]
     return "\n".join(lines) + "\n"
 
@@ -145,14 +139,16 @@ def main() -> None:
         f"--examples {options.examples}",
         "networks": {},
     }
+    reports: dict[str, Any] = {}
     folders = {"images": options.images, "events": options.events}
     for name in options.network:
         started = time.perf_counter()
         model, preprocessing, x = network(CASES[name], folders, options.examples, options.updates)
         report = prove(model, preprocessing, x, options.batch_size)
+        reports[name] = report
         results["networks"][name] = dataclasses.asdict(report)
         print(f"{name}: {'passed' if report.passed else 'FAILED'} in {time.perf_counter() - started:.0f} s", flush=True)
-        text = table(results)
+        text = table(results, reports)
         write("export_proof", results, text)  # after each, since they take minutes
     print(text)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from keras_dsr import deployment, recipes, runs, serving, training
+from keras_dsr.export import FORMS
 from keras_dsr.recipes import Recipe
-
-_FORMS = ("unrolled", "loop", "step")
 
 
 def _onnx_forms(text: str) -> tuple[str, ...]:
     forms = () if text == "none" else tuple(text.split(","))
-    if not set(forms) <= set(_FORMS):
-        raise argparse.ArgumentTypeError(f"expected some of {', '.join(_FORMS)}, or none; received {text!r}")
+    if not set(forms) <= set(FORMS):
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(FORMS)}, or none; received {text!r}")
     return forms
 
 
@@ -79,12 +80,13 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--to", type=Path, default=Path("savedmodels"), help="folder of all models (default: savedmodels)"
     )
+    export.add_argument("--name", help="what it is served as (default: the recipe's name, or the preset's)")
     export.add_argument(
         "--onnx",
         type=_onnx_forms,
         default=("unrolled",),
         metavar="FORMS",
-        help=f"which of {', '.join(_FORMS)} to write, with commas between, or none (default: unrolled)",
+        help=f"which of {', '.join(FORMS)} to write, with commas between, or none (default: unrolled)",
     )
     export.add_argument("--fold-thresholds", action="store_true", help="ONNX whose spikes are 0 and 1")
     export.add_argument("--weight-bits", type=int, choices=(8, 4), help="ONNX whose weights are whole numbers")
@@ -94,12 +96,26 @@ def _parser() -> argparse.ArgumentParser:
         description="Run real inputs through a run's, or a preset's, network and what was exported of it, and compare.",
     )
     verify.add_argument("exported", type=Path, help="a SavedModel, such as savedmodels/digits or savedmodels/digits/1")
-    verify.add_argument("--onnx", type=Path, nargs="+", default=[], help="ONNX files (default: those of the version)")
+    verify.add_argument(
+        "--onnx",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="an ONNX file; may be given several times (default: those of the version)",
+    )
     verify.add_argument("--report", type=Path, help="write the report to this .json file")
     for each in (export, verify):
         each.add_argument("network", help="a run folder, such as runs/digits-20260101-120000; or a preset")
         each.add_argument("--data-dir", type=Path, help="where the data set is (default: $KERAS_DSR_DATA)")
         each.add_argument("--examples", type=int, default=256, help="how many real inputs to compare (default: 256)")
+        each.add_argument(
+            "--flip-budget",
+            type=float,
+            default=1e-6,
+            metavar="PART",
+            help="which part of the places where a spike could be may differ (default: 1e-6)",
+        )
     serve = commands.add_parser(
         "serve",
         help="serve exported models, for development",
@@ -110,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--grpc-port", type=int, default=8500, help="port of gRPC, 0 for any (default: 8500)")
     serve.add_argument("--rest-port", type=int, default=8501, help="port of REST, 0 for any (default: 8501)")
     serve.add_argument("--max-batch-size", type=int, default=32, help="examples to join to one run (default: 32)")
+    serve.add_argument("--max-examples", type=int, default=1024, help="most examples of a request (default: 1024)")
     serve.add_argument("--max-request-mb", type=int, default=64, help="largest request in MiB (default: 64)")
     return parser
 
@@ -156,6 +173,9 @@ def _resume(options: argparse.Namespace) -> None:
 
 
 def _run(recipe: Recipe, folder: Path, options: argparse.Namespace) -> None:
+    if options.export is not None:
+        with _told():
+            deployment.check(recipe)
     before = _written(folder)
     try:
         summary = training.train(
@@ -238,30 +258,51 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    given = deployment.source(options.network, data_dir=options.data_dir, examples=options.examples)
+    if options.name is not None:
+        given = dataclasses.replace(given, name=options.name)
     _deploy(
-        deployment.source(options.network, data_dir=options.data_dir, examples=options.examples),
+        given,
         options.to,
         onnx=options.onnx,
         fold_thresholds=options.fold_thresholds,
         weight_bits=options.weight_bits,
+        flip_budget=options.flip_budget,
     )
 
 
 def _deploy(given: deployment.Source, base: Path, **settings: Any) -> None:
-    exported = deployment.deploy(given, base, **settings)
+    with _told():
+        exported = deployment.deploy(given, base, **settings)
     console = Console()
-    console.print(f"Exported, and verified against Keras: {', '.join(map(str, exported.paths))}", soft_wrap=True)
+    for report in exported.reports:
+        console.print(report.table())
+    inputs = "random inputs, as the data set is not at hand (pass --data-dir for real ones)"
+    if given.examples is not None:
+        inputs = f"{len(given.examples)} real inputs"
+    paths = ", ".join(map(str, exported.paths))
+    console.print(f"Exported, and verified against Keras on {inputs}: {paths}", soft_wrap=True)
     print(f"\n{exported.usage}\n")
 
 
 def _verify(options: argparse.Namespace) -> None:
     given = deployment.source(options.network, data_dir=options.data_dir, examples=options.examples)
-    report = deployment.verify(given, options.exported, options.onnx)
+    with _told():
+        report = deployment.verify(given, options.exported, options.onnx, flip_budget=options.flip_budget)
     Console().print(report.table())
     if options.report is not None:
         report.write(options.report)
     if not report.passed:
         raise ValueError(f"{options.exported} does not do as {options.network} does.")
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Has `main` tell, like other errors, why export cannot run here: Keras on JAX, a TensorFlow without a C API."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -270,6 +311,7 @@ def _serve(options: argparse.Namespace) -> None:
         grpc_port=options.grpc_port,
         rest_port=options.rest_port,
         max_batch_size=options.max_batch_size,
+        max_examples=options.max_examples,
         max_request_bytes=options.max_request_mb * 2**20,
     )
     serving.run(serving.model_folders(options.models), settings)

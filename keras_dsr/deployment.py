@@ -1,14 +1,16 @@
 """From a finished run, or a preset, to what servers and runtimes load: a SavedModel version and ONNX files.
 
-Both are proven on real examples before they get their names: see `keras_dsr.export`.
+All are proven before any gets its name, on real examples where these are at hand: see `keras_dsr.export`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,15 +18,14 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_dsr import export, models, runs, training
+from keras_dsr import export, runs, training
 from keras_dsr.data.parts import DataSet
-from keras_dsr.export import Preprocessing, Report, tf_serving
-from keras_dsr.export.functions import Network
-from keras_dsr.files import replacing
+from keras_dsr.export import Network, Preprocessing, Report, saved_model, tf_serving
+from keras_dsr.files import workspace
 from keras_dsr.models import presets
 from keras_dsr.recipes import Recipe
 
-_NETWORKS = {"preact_resnet": models.preact_resnet, "vgg": models.vgg}
+_PACKAGES = ("onnx", "onnxruntime", "tensorflow_serving", "tf2onnx")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,21 +71,27 @@ class Exported:
         return (self.saved_model, *self.onnx)
 
     @property
+    def reports(self) -> tuple[Report, ...]:
+        """What each of these was verified by."""
+        return tuple(export.report_of(path) for path in self.paths)
+
+    @property
     def usage(self) -> str:
         """Commands that use what was written, for a shell in the folder where this process runs."""
         base = self.saved_model.parent
-        lines = [f"keras-dsr serve {base}"]
+        lines = [f"keras-dsr serve {shlex.quote(str(base))}"]
         if self.request is not None:
             url = f"http://127.0.0.1:8501/v1/models/{base.name}:predict"
-            lines += ["", "# then, from another shell:", f"curl -d @{self.request} {url}"]
-            if self.onnx:
+            lines += ["", "# then, from another shell:", f"curl -d {shlex.quote(f'@{self.request}')} {url}"]
+            whole = [path for path in self.onnx if not re.search("-step(-|$)", path.stem)]
+            if whole:
                 lines += [
                     "",
                     "# ONNX Runtime, in Python:",
                     "import json, numpy, onnxruntime, pathlib",
                     f"request = json.loads(pathlib.Path({str(self.request)!r}).read_text())",
                     f"x = numpy.array(request['instances'], {self.dtype!r})",
-                    f"session = onnxruntime.InferenceSession({str(self.onnx[0])!r})",
+                    f"session = onnxruntime.InferenceSession({str(whole[0])!r})",
                     f"print(session.run(['class', 'probabilities'], {{{self.input_name!r}: x}}))",
                 ]
         return "\n".join(lines)
@@ -95,13 +102,16 @@ def source(what: str | Path, *, data_dir: Path | None = None, examples: int = 25
 
     Args:
         what: A run folder that `keras_dsr.training.train` filled; or a preset's name, NETWORK-DATA.
-        data_dir: Where the data set is, see `keras_dsr.data.load`.
-        examples: How many real inputs to take along, from the test part in random order.
+        data_dir: Where the data set is, see `keras_dsr.data.load`. A preset goes without if it is `None` and the data
+            set is not in the default place.
+        examples: How many real inputs to take along, at least 1, from the test part in random order.
 
     Raises:
-        FileNotFoundError: if the folder lacks a file of a finished run, or its data set is not there.
-        ValueError: if there is neither such a folder nor such a preset.
+        FileNotFoundError: if the folder lacks a file of a finished run, or the data set is not there.
+        ValueError: if there is neither such a folder nor such a preset, or `examples` is below 1.
     """
+    if examples < 1:
+        raise ValueError(f"examples is a number of inputs of at least 1. Received examples={examples}.")
     if Path(what).is_dir():
         return _of_run(Path(what), data_dir, examples)
     if str(what) in presets.names():
@@ -131,10 +141,9 @@ def _of_run(folder: Path, data_dir: Path | None, examples: int) -> Source:
 def _of_preset(name: str, data_dir: Path | None, examples: int) -> Source:
     network, _, weights = name.partition("-")
     card, _ = presets.card(network, weights)
-    kind, depth = re.fullmatch(r"([a-z_]+?)(\d+)", network).groups()
-    model = _NETWORKS[kind](
-        int(depth), card.neuron, classes=len(card.classes), input_shape=card.input_shape, weights=weights
-    )
+    recipe = Recipe.from_json(json.dumps(card.recipe))
+    model = recipe.build(len(card.classes), card.input_shape)
+    presets.load(model, network, weights)
     about = {
         "data": card.data,
         "classes": list(card.classes),
@@ -147,10 +156,12 @@ def _of_preset(name: str, data_dir: Path | None, examples: int) -> Source:
         "preset": {"name": name, "version": card.version, "sha256": card.sha256},
     }
     preprocessing = _preprocessing(card.input_shape, card.mean, card.std)
-    found = None
-    if data_dir is not None:
-        recipe = Recipe.from_json(json.dumps(card.recipe))
+    try:
         found = _examples(training.load(recipe, data_dir=data_dir), preprocessing, examples)
+    except (FileNotFoundError, ImportError):
+        if data_dir is not None:
+            raise
+        found = None
     return Source(name, model, preprocessing, about, found)
 
 
@@ -167,6 +178,32 @@ def _examples(loaded: DataSet, preprocessing: Preprocessing | None, count: int) 
     return found.astype("float32" if preprocessing is None else preprocessing.dtype)
 
 
+def check(recipe: Recipe) -> None:
+    """Raises an error if what a recipe trains could not be exported here: better before the training than after it.
+
+    Raises:
+        ValueError: if its result is a representation network, or its name is none that a served model can have.
+        RuntimeError: if Keras does not run on TensorFlow.
+        ImportError: if a package of the extra `export` is not installed.
+    """
+    if keras.backend.backend() != "tensorflow":
+        raise RuntimeError(
+            f"Export needs Keras on TensorFlow. It runs on {keras.backend.backend()!r}: set KERAS_BACKEND=tensorflow, "
+            "or train without --export, and run keras-dsr export where Keras runs on TensorFlow."
+        )
+    missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ImportError(
+            f"Export needs the packages {', '.join(missing)}. Install them with: pip install 'keras-dsr[export]'."
+        )
+    if not recipe.timesteps:
+        raise ValueError(
+            f"Recipe {recipe.name!r} trains a representation network (timesteps=0), which has no spikes to export. "
+            "Train it with timesteps=N, or without --export."
+        )
+    saved_model.check_name(recipe.name)
+
+
 def deploy(
     given: Source,
     base: Path,
@@ -174,8 +211,9 @@ def deploy(
     onnx: Sequence[str] = ("unrolled",),
     fold_thresholds: bool = False,
     weight_bits: int | None = None,
+    flip_budget: float = 1e-6,
 ) -> Exported:
-    """Exports a network, proves that what was exported does as the network does, and only then gives it its names.
+    """Exports a network, proves that all that was exported does as the network does, and only then gives it its names.
 
     Args:
         given: The network.
@@ -183,52 +221,68 @@ def deploy(
             version, a SavedModel, and beside that ONNX files and a request of the version's number.
         onnx: Forms of ONNX files to write: "unrolled", "loop", "step"; none for no file.
         fold_thresholds: As in `keras_dsr.export.export_onnx`.
-        weight_bits: As in `keras_dsr.export.export_onnx`.
+        weight_bits: As in `keras_dsr.export.export_onnx`; such files have it in their names.
+        flip_budget: As in `keras_dsr.export.verify`.
 
     Returns:
         What was written.
 
     Raises:
-        keras_dsr.export.VerificationError: if something exported differs from the network. It is not kept.
+        keras_dsr.export.VerificationError: if something exported differs from the network. Nothing is kept.
         ValueError: if the network cannot be exported.
         ImportError: if a package of the extra `export` is not installed.
     """
+    if not onnx and (fold_thresholds or weight_bits is not None):
+        raise ValueError(
+            "Folded thresholds and weights of few bits are for ONNX files, and none is to be written. Received "
+            f"onnx=(), fold_thresholds={fold_thresholds}, weight_bits={weight_bits}; name a form, such as 'unrolled'."
+        )
     folder = base / given.name
-    placed = export.export_saved_model(
-        given.model, folder, preprocessing=given.preprocessing, examples=given.examples, about=given.about
-    )
-    version = folder / placed.name
-    files = []
-    for form in onnx:
-        suffix = "" if form == "unrolled" else f"-{form}"
-        files.append(
-            export.export_onnx(
+    saved_model.check_base(folder)
+    settings = {
+        "preprocessing": given.preprocessing,
+        "examples": given.examples,
+        "about": given.about,
+        "flip_budget": flip_budget,
+    }
+    base.mkdir(parents=True, exist_ok=True)
+    with workspace(folder.resolve()) as hidden:
+        made: dict[str, Path] = {}
+        for form in onnx:
+            suffix = _suffix(form, weight_bits)
+            made[f"{suffix}.onnx"] = export.export_onnx(
                 given.model,
-                folder / f"{version.name}{suffix}.onnx",
+                hidden / f"{given.name}{suffix}.onnx",
                 form=form,
-                preprocessing=given.preprocessing,
                 fold_thresholds=fold_thresholds,
                 weight_bits=weight_bits,
-                examples=given.examples,
-                about=given.about,
+                **settings,
             )
-        )
-    request = None
-    if given.examples is not None:
-        request = folder / f"{version.name}-request.json"
-        with replacing(request) as beside:
-            beside.write_text(json.dumps({"instances": given.examples[:1].tolist()}) + "\n", encoding="utf-8")
+        if given.examples is not None:
+            made["-request.json"] = hidden / "request.json"
+            request = json.dumps({"instances": given.examples[:1].tolist()}) + "\n"
+            made["-request.json"].write_text(request, encoding="utf-8")
+        version = folder / export.export_saved_model(given.model, folder, **settings).name
+        placed = {end: path.replace(folder / f"{version.name}{end}") for end, path in made.items()}
     network = Network(given.model, given.preprocessing)
-    return Exported(version, tuple(files), request, network.input_name, network.input_dtype)
+    files = tuple(path for end, path in placed.items() if end.endswith(".onnx"))
+    return Exported(version, files, placed.get("-request.json"), network.input_name, network.input_dtype)
 
 
-def verify(given: Source, folder: Path, onnx: Sequence[Path] = ()) -> Report:
+def _suffix(form: str, weight_bits: int | None) -> str:
+    """What the name of an ONNX file has after the version's number."""
+    bits = "" if weight_bits is None else f"-{weight_bits}bit"
+    return bits if form == "unrolled" else f"-{form}{bits}"
+
+
+def verify(given: Source, folder: Path, onnx: Sequence[Path] = (), *, flip_budget: float = 1e-6) -> Report:
     """Compares a network with what was exported of it, again.
 
     Args:
         given: The network, with examples.
         folder: The folder of a SavedModel's version; or of all versions, for the newest.
         onnx: ONNX files; if there are none, those beside the version that have its number.
+        flip_budget: As in `keras_dsr.export.verify`.
 
     Returns:
         What was found.
@@ -238,17 +292,23 @@ def verify(given: Source, folder: Path, onnx: Sequence[Path] = ()) -> Report:
         ValueError: if there are no examples.
     """
     if given.examples is None:
-        raise ValueError("To verify takes real inputs. Say where the data set is, with data_dir.")
+        raise ValueError(
+            f"To verify takes real inputs, and the data set of {given.name} is not at hand. Say where it is: "
+            "data_dir=... in Python, --data-dir on the command line."
+        )
+    folder = folder.resolve()
     if not (folder / "saved_model.pb").is_file():
         versions = tf_serving.versions(folder)
         if not versions:
             raise FileNotFoundError(f"There is no version of a SavedModel in {folder}: no folder named by a number.")
         folder = folder / str(versions[-1])
-    beside = [path for path in folder.parent.glob("*.onnx") if re.fullmatch(rf"{folder.name}(-\w+)?", path.stem)]
+    named = re.compile(rf"{re.escape(folder.name)}(-loop|-step)?(-\d+bit)?")
+    beside = sorted(path for path in folder.parent.glob("*.onnx") if named.fullmatch(path.stem))
     return export.verify(
         given.model,
         given.examples,
         saved_model=folder,
-        onnx=tuple(onnx) or tuple(sorted(beside)),
+        onnx=tuple(onnx) or beside,
         preprocessing=given.preprocessing,
+        flip_budget=flip_budget,
     )

@@ -1,11 +1,19 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
+import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextlib.contextmanager
@@ -24,8 +32,77 @@ def replacing(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         yield beside
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
+        synchronize(beside)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def workspace(path: Path) -> Iterator[Path]:
+    """Gives a new hidden folder on the file system of `path`, for what is renamed to `path`, or into it, once whole.
+
+    The folder is away at the end unless it was renamed itself. It is locked as long as this process lives, which is how
+    those that killed processes left for the same `path` are told from those that are being written to; they are removed
+    first.
+
+    Args:
+        path: The file or folder to be. The folder that it is in must exist.
+
+    Yields:
+        The hidden folder: beside `path`, or in it if it is where another file system is mounted.
+    """
+    home = path if path.is_mount() else path.parent
+    pattern = re.compile(rf"\.{re.escape(path.name)}-exporting-[0-9a-f]+")
+    for entry in home.iterdir():
+        if pattern.fullmatch(entry.name):
+            _remove_if_abandoned(entry)
+    folder, lock = _locked_folder(home, f".{path.name}-exporting-")
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def synchronize(path: Path) -> None:
+    """Has the disk write down a file, or which files a folder has."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _locked_folder(home: Path, prefix: str) -> tuple[Path, int | None]:
+    while True:
+        folder = home / f"{prefix}{secrets.token_hex(8)}"
+        folder.mkdir()
+        if fcntl is None:
+            return folder, None
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # another process held it for abandoned, as it was not locked yet
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists():
+            return folder, lock
+        os.close(lock)
+
+
+def _remove_if_abandoned(folder: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return  # put in place or removed meanwhile
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(lock)

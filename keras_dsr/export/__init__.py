@@ -4,7 +4,8 @@
 - `keras_dsr.export.saved_model`: `export_saved_model`, versions for TensorFlow Serving
 - `keras_dsr.export.tf_serving`: warm-up requests, and the files that TensorFlow Serving is started with
 - `keras_dsr.export.card`: the card of an exported model
-- `keras_dsr.export.verify`: `verify`, exported forms against Keras, spike by spike
+- `keras_dsr.export.verification`: `verify`, exported forms against Keras, spike by spike
+- `keras_dsr.export.report`: what it finds, to print and to keep; `report_of`, what an export was verified by
 - `keras_dsr.export.c_api`: `Session`, a SavedModel in the C++ session that TensorFlow Serving runs
 - `keras_dsr.export.runtimes`: `OnnxRuntime` and `OpenVino`
 - `keras_dsr.export.tensors`: what signatures and files say of their inputs
@@ -17,13 +18,15 @@ which `verify` uses where it is installed, by `pip install 'keras-dsr[openvino]'
 
 from keras_dsr.export.c_api import Session
 from keras_dsr.export.functions import SIGNATURES, Network, Preprocessing
-from keras_dsr.export.onnx import export_onnx
+from keras_dsr.export.onnx import FORMS, export_onnx
+from keras_dsr.export.report import Report, Row, VerificationError, report_of
 from keras_dsr.export.runtimes import OnnxRuntime, OpenVino
 from keras_dsr.export.saved_model import export_saved_model
-from keras_dsr.export.verify import Report, Row, VerificationError, verify
+from keras_dsr.export.verification import verify
 from keras_dsr.export.weights import quantized_copy
 
 __all__ = [
+    "FORMS",
     "SIGNATURES",
     "Network",
     "OnnxRuntime",
@@ -36,5 +39,6 @@ __all__ = [
     "export_onnx",
     "export_saved_model",
     "quantized_copy",
+    "report_of",
     "verify",
 ]

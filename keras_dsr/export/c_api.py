@@ -127,7 +127,7 @@ class _Status:
         message = (_library().TF_Message(self.pointer) or b"").decode(errors="replace")
         _library().TF_DeleteStatus(self.pointer)
         if kind is None and code:
-            raise RuntimeError(f"TensorFlow failed to {self.doing}: {message}")
+            raise RuntimeError(f"TensorFlow failed to {self.doing}: {message.strip()}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +151,8 @@ class Session:
 
     Raises:
         FileNotFoundError: if there is no SavedModel.
-        ValueError: if its saved_model.pb is damaged, or is not for serving.
-        RuntimeError: if TensorFlow cannot load it, or has no C API here.
+        ValueError: if it is damaged, or not for serving.
+        RuntimeError: if TensorFlow has no C API here.
 
     Example:
 
@@ -181,6 +181,11 @@ class Session:
                 self._session = library.TF_LoadSessionFromSavedModel(
                     options, None, path, tags, 1, self._graph, None, status
                 )
+        except RuntimeError as error:
+            self.close()
+            raise ValueError(
+                f"{error} It is damaged, or was written by another version of TensorFlow: export it again."
+            ) from error
         except BaseException:
             self.close()
             raise

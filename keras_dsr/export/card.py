@@ -6,7 +6,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +15,52 @@ import numpy as np
 import keras_dsr
 from keras_dsr.export.c_api import Signature
 from keras_dsr.export.functions import Network
-from keras_dsr.export.verify import Report
+from keras_dsr.layers import ToStream
 
-FOLDER = "assets.extra"
-"""Where in a version of a SavedModel its card is: `card.json`, and `README.md` for people."""
+CARD = "assets.extra/card.json"
+"""Where in a version of a SavedModel its card is; beside it is `README.md` for people."""
+
+
+def own_timesteps(network: Network) -> int | None:
+    """The number N of time steps that a network insists on; `None` if its input's frames say how many there are.
+
+    Raises:
+        ValueError: if it is a representation network, which has none.
+    """
+    sources = (layer for layer in network.model._flatten_layers() if isinstance(layer, ToStream))
+    makers = (*network.neuron_layers.values(), *sources)
+    found = next((layer.timesteps for layer in makers if layer.timesteps is not None), None)
+    if found == 0:
+        raise ValueError(
+            f"Model {network.model.name!r} is a representation network (timesteps=0), which has no spikes. Give it "
+            "time steps with keras_dsr.models.with_timesteps(model, N)."
+        )
+    return found
+
+
+def plain(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What a caller says of a model, as JSON has it; raises a ValueError if JSON does not have it."""
+    try:
+        return json.loads(json.dumps(dict(about), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`about` goes on the card, and so must be of what JSON has: {error}.") from error
 
 
 def make(
     name: str,
     network: Network,
-    signatures: Mapping[str, Signature],
-    files: Mapping[str, str],
-    report: Report,
     about: Mapping[str, Any],
+    timesteps: int | None = None,
+    packages: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The card, of what JSON has.
+    """What any exported form of a model says of it, of what JSON has.
 
     Args:
         name: The model's name.
         network: What was exported.
-        signatures: As the exported model has them.
-        files: sha256 of each file, by its path in the version's folder.
-        report: What was verified.
         about: What only the caller knows, such as recipe, data, accuracy and firing rates; goes in as it is.
+        timesteps: Number N of time steps, if the form has fixed another than the model.
+        packages: Those whose versions matter, beside Keras, TensorFlow and NumPy.
     """
     neurons = []
     for layer_name, layer in network.neuron_layers.items():
@@ -46,41 +69,47 @@ def make(
         threshold = float(str(np.float32(layer.threshold)))
         neurons.append({"layer": layer_name, "type": type(layer).__name__, "threshold": threshold, **settings})
     preprocessing = network.preprocessing
-    steps = {layer.timesteps for layer in network.neuron_layers.values()} - {None}
     return {
         "name": name,
         "model": network.model.name,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "timesteps": next(iter(steps), None) or network.model.inputs[0].shape[1],
-        "input": "static" if steps else "frames",
+        "timesteps": timesteps or own_timesteps(network) or network.model.inputs[0].shape[1],
+        "input": "frames" if network.takes_frames else "static",
         "preprocessing": None
         if preprocessing is None
         else {"mean": preprocessing.mean, "std": preprocessing.std, "dtype": preprocessing.dtype},
         "parameters": int(network.model.count_params()),
         "neurons": neurons,
-        "signatures": {
-            title: {
-                "inputs": {key: {"dtype": x.dtype, "shape": x.shape} for key, x in signature.inputs.items()},
-                "outputs": {key: {"dtype": x.dtype, "shape": x.shape} for key, x in signature.outputs.items()},
-            }
-            for title, signature in signatures.items()
-        },
-        "about": dict(about),
-        "verification": json.loads(report.to_json()),
+        "about": plain(about),
         "versions": {
             "keras_dsr": keras_dsr.__version__,
-            **{package: importlib.metadata.version(package) for package in ("keras", "tensorflow", "numpy")},
+            **{each: importlib.metadata.version(each) for each in ("keras", "tensorflow", "numpy", *packages)},
         },
-        "files": dict(sorted(files.items())),
+    }
+
+
+def described(signatures: Mapping[str, Signature]) -> dict[str, Any]:
+    """The signatures of a SavedModel, of what JSON has."""
+    return {
+        title: {
+            "inputs": {key: {"dtype": x.dtype, "shape": x.shape} for key, x in signature.inputs.items()},
+            "outputs": {key: {"dtype": x.dtype, "shape": x.shape} for key, x in signature.outputs.items()},
+        }
+        for title, signature in signatures.items()
     }
 
 
 def write(version: Path, card: Mapping[str, Any]) -> None:
-    """Writes `card.json` and `README.md` into a version's folder."""
-    folder = version / FOLDER
-    folder.mkdir(exist_ok=True)
-    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_readme(card), encoding="utf-8")
+    """Writes `card.json` and `README.md` into a version's folder.
+
+    Args:
+        version: The folder of a SavedModel.
+        card: What `make` gives and, beside, `signatures`, `verification`, and `files` with the sha256 of each.
+    """
+    path = version / CARD
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    path.with_name("README.md").write_text(_readme(card), encoding="utf-8")
 
 
 def sha256(path: Path) -> str:
@@ -139,8 +168,9 @@ def _readme(card: Mapping[str, Any]) -> str:
     for row in card["verification"]["rows"]:
         answers = "bit-equal" if row["bit_equal"] else f"differ by up to {row['max_difference']:.1e}"
         flipped = "" if row["flipped"] is None else f"{row['flipped']:,} of {row['spikes']:,}"
-        verdict = "passed" if row["passed"] else f"failed: {row['reason']}"
-        lines.append(f"| {row['form']} | {row['runtime']} | {row['examples']} | {answers} | {flipped} | {verdict} |")
+        lines.append(f"| {row['form']} | {row['runtime']} | {row['examples']} | {answers} | {flipped} | passed |")
+    if card["verification"]["random"]:
+        lines += ["", "The examples were random ones: no real ones were given."]
     if card["verification"]["silent"]:
         lines += ["", f"Never fired on these examples: {', '.join(card['verification']['silent'])}."]
     return "\n".join(lines) + "\n"

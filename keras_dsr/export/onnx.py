@@ -1,23 +1,25 @@
 """ONNX files: a network in one of three forms, proven in ONNX Runtime before it gets its name.
 
-- "unrolled": all time steps written out, no loop in the file; any batch size, a fixed number of steps. The fastest.
-- "loop": neurons loop over time steps; any batch size, and any number of frames where the network takes frames.
+- "unrolled": all time steps written out, no loop in the file, which any runtime takes; any batch size, a fixed number
+  of steps.
+- "loop": neurons loop over time steps; any batch size, and any number of frames where the network takes frames. About
+  as fast, in a graph that does not grow with the steps.
 - "step": one time step, with the state as inputs and outputs, for streams of events.
 
 Inputs and outputs are called as in the SavedModel: see `keras_dsr.export.functions`. The spikes of each neuron layer
 can be had of every file: `keras_dsr.export.OnnxRuntime(path).traced(inputs)`.
 
 Metadata, by keys that start with `keras_dsr.`: `form`; `version`, of this package; `neurons`, the layers in their
-order; `timesteps`, where it is fixed; `state`, its parts' names; `preprocessing`; `worth` of a spike in each layer,
-where thresholds are folded; `weight_bits`; `card`; `trace`, see `keras_dsr.export.passes`.
+order; `timesteps`, where it is fixed, of a step file too: after so many steps its answer is that of the whole; `state`,
+its parts' names; `preprocessing`; `worth` of a spike in each layer, where thresholds are folded; `weight_bits`; `card`,
+see `keras_dsr.export.card`; `verification`, see `keras_dsr.export.report`; `trace`, see `keras_dsr.export.passes`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
-import importlib.metadata
+import importlib
 import json
 import logging
 import os
@@ -27,19 +29,16 @@ from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 import keras_dsr
-from keras_dsr.export import passes
+from keras_dsr.export import card, passes, verification
 from keras_dsr.export.folding import FoldedNetwork
 from keras_dsr.export.functions import Network, Preprocessing
 from keras_dsr.export.passes import SPIKES
-from keras_dsr.export.verify import VerificationError
-from keras_dsr.export.verify import verify as compare
+from keras_dsr.export.report import METADATA, VerificationError
 from keras_dsr.export.weights import BITS, quantized_copy, store_as_integers
-from keras_dsr.files import replacing
-from keras_dsr.layers import ToStream
+from keras_dsr.files import synchronize, workspace
 
 FORMS = ("unrolled", "loop", "step")
 OPSETS = range(15, 19)
@@ -59,6 +58,9 @@ def export_onnx(
     examples: Any = None,
     about: Mapping[str, Any] | None = None,
     verify: bool = True,
+    batch_size: int = 32,
+    tolerance: float = 1e-5,
+    flip_budget: float = 1e-6,
     opset: int = 18,
 ) -> Path:
     """Writes a model as an ONNX file.
@@ -79,7 +81,12 @@ def export_onnx(
         examples: Inputs as clients send them (n, ...) to verify the file with; `None` for random ones. Real ones tell
             more, as neurons may not fire on noise.
         about: What only the caller knows, such as data, recipe and accuracy, as JSON has it; goes into the card.
-        verify: Whether the file is compared with Keras, answers and spikes, before it gets its name.
+        verify: Whether the file is compared with Keras, answers and spikes, before it gets its name. It must pass in
+            ONNX Runtime; what OpenVINO makes of it, where that is installed, goes into the report, which the file keeps
+            (`keras_dsr.export.report_of`).
+        batch_size: Number of examples that run at once when they are compared.
+        tolerance: As in `verify`.
+        flip_budget: As in `verify`.
         opset: Version of ONNX's operators, from 15 to 18.
 
     Returns:
@@ -103,30 +110,40 @@ def export_onnx(
     path = Path(path)
     _check(path, form, weight_bits, opset)
     onnx = _imported("onnx")
+    about = card.plain(about or {})
     _check_dtypes(model)
-    if weight_bits is not None:
-        model = quantized_copy(model, weight_bits)
     network = Network(model, preprocessing, classifier)
     number = _frames(network, form, timesteps)
-    folded = FoldedNetwork(model, preprocessing, classifier, loop=form == "loop", fold_thresholds=fold_thresholds)
+    random = examples is None
     if verify:
-        examples = _random(network, number) if examples is None else np.asarray(examples)
+        examples = verification.random_examples(network, number) if random else examples
+        examples = verification.check_examples(network, examples)
 
+    exact = model if weight_bits is None else quantized_copy(model, weight_bits)
+    folded = FoldedNetwork(exact, preprocessing, classifier, loop=form == "loop", fold_thresholds=fold_thresholds)
     proto = _converted(folded, form, number, opset)
     _tidy(proto, folded, form)
     if weight_bits is not None:
         store_as_integers(proto, folded.kernels)
     _describe(proto, network, folded, form, number, weight_bits, about)
-    with replacing(path) as beside:
-        try:
-            onnx.checker.check_model(proto, full_check=True)
-        except onnx.checker.ValidationError as error:
-            raise ValueError(f"Model {model.name!r} does not become a valid ONNX file: {error}") from error
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except onnx.checker.ValidationError as error:
+        raise ValueError(f"Model {model.name!r} does not become a valid ONNX file: {error}") from error
+    with workspace(path.parent.resolve() / path.name) as folder:
+        beside = folder / path.name
         onnx.save(proto, beside)
         if verify:
-            report = compare(network, examples, onnx=[beside])
-            if not report.passed:
+            report = verification.verify(
+                network, examples, onnx=[beside], batch_size=batch_size, tolerance=tolerance, flip_budget=flip_budget
+            )
+            report = dataclasses.replace(report, random=random)
+            if not report.exportable:
                 raise VerificationError(report)
+            proto.metadata_props.add(key=METADATA, value=report.to_json())
+            onnx.save(proto, beside)
+        synchronize(beside)
+        beside.replace(path)
     return path
 
 
@@ -153,20 +170,13 @@ def _imported(name: str) -> Any:
 
 
 def _frames(network: Network, form: str, timesteps: int | None) -> int | None:
-    """The number of time steps that the file has; `None` for any."""
+    """The number of time steps of the whole, as the file has it; `None` for any."""
     model = network.model
-    sources = [layer for layer in model._flatten_layers() if isinstance(layer, ToStream)]
-    makers = (*network.neuron_layers.values(), *sources)
-    own = next((layer.timesteps for layer in makers if layer.timesteps is not None), None)
-    if own == 0:
-        raise ValueError(
-            f"Model {model.name!r} is a representation network (timesteps=0), which has no spikes. Give it time steps "
-            "with keras_dsr.models.with_timesteps(model, N)."
-        )
+    own = card.own_timesteps(network)
     if form == "step":
         if timesteps is not None:
             raise ValueError(f"The form 'step' has one time step. Received timesteps={timesteps!r}; leave it out.")
-        return None
+        return own
     known = own if own is not None else model.inputs[0].shape[1]
     if timesteps is not None and (isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1):
         raise ValueError(f"timesteps is a number of frames of at least 1. Received timesteps={timesteps!r}.")
@@ -184,10 +194,6 @@ def _frames(network: Network, form: str, timesteps: int | None) -> int | None:
     return timesteps or (known if form == "unrolled" or own is not None else None)
 
 
-def _takes_frames(network: Network) -> bool:
-    return all(layer.timesteps is None for layer in network.neuron_layers.values())
-
-
 def _check_dtypes(model: keras.Model) -> None:
     for layer in model._flatten_layers(include_self=False):
         if layer.compute_dtype in ("bfloat16", "float64"):
@@ -196,20 +202,6 @@ def _check_dtypes(model: keras.Model) -> None:
                 f"{model.name!r} computes in {layer.compute_dtype}: build the model with the dtype policy 'float32', "
                 "and set its weights."
             )
-
-
-def _random(network: Network, number: int | None) -> np.ndarray:
-    """Inputs to verify with."""
-    spec = network.input_spec(batch=4, timesteps=number or 4)
-    if None in spec.shape.as_list():
-        raise ValueError(
-            f"Model {network.model.name!r} takes inputs of shape {tuple(spec.shape)}: pass examples=... to verify the "
-            "file with."
-        )
-    generator = np.random.default_rng(0)
-    if spec.dtype.is_integer:
-        return generator.integers(0, min(spec.dtype.max, 255) + 1, spec.shape).astype(spec.dtype.as_numpy_dtype)
-    return generator.normal(size=spec.shape).astype(spec.dtype.as_numpy_dtype)
 
 
 def _converted(network: FoldedNetwork, form: str, number: int | None, opset: int) -> Any:
@@ -221,7 +213,7 @@ def _converted(network: FoldedNetwork, form: str, number: int | None, opset: int
     else:
         spec = network.input_spec()
         shape = spec.shape.as_list()
-        if _takes_frames(network):
+        if network.takes_frames:
             shape[1] = number
         specs = {network.input_name: tf.TensorSpec(shape, spec.dtype, name=network.input_name)}
 
@@ -282,7 +274,7 @@ def _tidy(proto: Any, network: FoldedNetwork, form: str) -> None:
         sizes = value.type.tensor_type.shape.dim
         if sizes:
             sizes[0].dim_param = "batch"
-    if form == "loop" and _takes_frames(network):
+    if form == "loop" and network.takes_frames:
         time = graph.input[0].type.tensor_type.shape.dim[1]
         if not time.HasField("dim_value"):
             time.dim_param = "time"
@@ -295,7 +287,7 @@ def _describe(
     form: str,
     number: int | None,
     weight_bits: int | None,
-    about: Mapping[str, Any] | None,
+    about: Mapping[str, Any],
 ) -> None:
     """What the file says of itself."""
     proto.producer_name = "keras_dsr"
@@ -310,16 +302,6 @@ def _describe(
         f"Spiking network {network.model.name!r} of keras_dsr: {what}. "
         "What is known of it is in the metadata keras_dsr.card."
     )
-    packages = ("keras", "tensorflow", "numpy", "onnx", "tf2onnx")
-    card = {
-        "name": network.model.name,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {
-            "keras_dsr": keras_dsr.__version__,
-            **{package: importlib.metadata.version(package) for package in packages},
-        },
-        "about": dict(about or {}),
-    }
     preprocessing = network.preprocessing
     entries = {
         "form": form,
@@ -329,7 +311,7 @@ def _describe(
         "preprocessing": None if preprocessing is None else dataclasses.asdict(preprocessing),
         "worth": folded.worth if folded.fold_thresholds else None,
         "weight_bits": weight_bits,
-        "card": card,
+        "card": card.make(network.model.name, network, about, number, packages=("onnx", "tf2onnx")),
     }
     for key, value in entries.items():
         if value is not None:

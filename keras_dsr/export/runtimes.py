@@ -14,9 +14,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from google.protobuf.message import DecodeError
 
 from keras_dsr.export import passes
 from keras_dsr.export.tensors import Tensor, check_inputs
+
+
+def read(path: str | os.PathLike[str]) -> Any:
+    """The ModelProto of an ONNX file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no ONNX file, or is damaged.
+        ImportError: if the package onnx is not installed.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise _needs_extra("onnx", error) from error
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no ONNX file at {path}.")
+    try:
+        model = onnx.load(path)
+    except DecodeError as error:
+        raise _damaged(path, error) from error
+    if not model.graph.node:
+        raise _damaged(path, "it has no nodes")
+    return model
 
 
 class Runtime(abc.ABC):
@@ -27,6 +51,7 @@ class Runtime(abc.ABC):
 
     Raises:
         FileNotFoundError: if there is no such file.
+        ValueError: if it is no ONNX file, or is damaged.
         ImportError: if the runtime is not installed; the error says how to install it.
     """
 
@@ -35,9 +60,7 @@ class Runtime(abc.ABC):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        if not self.path.is_file():
-            raise FileNotFoundError(f"There is no ONNX file at {self.path}.")
-        model = self._model()
+        model = read(self.path)
         weights = {initializer.name for initializer in model.graph.initializer}
         self.inputs: Mapping[str, Tensor] = {x.name: _tensor(x) for x in model.graph.input if x.name not in weights}
         self.outputs: tuple[str, ...] = tuple(x.name for x in model.graph.output)
@@ -90,7 +113,7 @@ class Runtime(abc.ABC):
         arrays = self._checked(tensors)
         names = (*self.outputs, *(f"{passes.SPIKES}{layer}" for layer in self.neurons))
         if self._traced is None:
-            self._traced = self._load(passes.with_spikes(self._model()).SerializeToString())
+            self._traced = self._load(passes.with_spikes(read(self.path)).SerializeToString())
         results = self._call(self._traced, arrays, names)
         return (
             {name: results[name] for name in self.outputs},
@@ -99,13 +122,6 @@ class Runtime(abc.ABC):
 
     def _checked(self, tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
         return check_inputs(str(self.path.name), self.inputs, tensors)
-
-    def _model(self) -> Any:
-        try:
-            import onnx
-        except ImportError as error:
-            raise _needs_extra("onnx", error) from error
-        return onnx.load(self.path)
 
     @abc.abstractmethod
     def _load(self, model: Path | bytes) -> Any:
@@ -122,13 +138,17 @@ class OnnxRuntime(Runtime):
     def _load(self, model: Path | bytes) -> Any:
         try:
             import onnxruntime
+            from onnxruntime.capi import onnxruntime_pybind11_state as errors
         except ImportError as error:
             raise _needs_extra("onnxruntime", error) from error
         self.name = f"ONNX Runtime {onnxruntime.__version__}"
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors
         source = model if isinstance(model, bytes) else str(model)
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        try:
+            return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except (errors.Fail, errors.InvalidArgument, errors.InvalidGraph, errors.NotImplemented) as error:
+            raise _damaged(self.path, error) from error
 
     def _call(self, loaded: Any, arrays: dict[str, np.ndarray], outputs: Sequence[str]) -> dict[str, np.ndarray]:
         return dict(zip(outputs, loaded.run(list(outputs), arrays), strict=True))
@@ -171,6 +191,11 @@ def _tensor(info: Any) -> Tensor:
         return Tensor(None, dtype)
     sizes = (dim.dim_value if dim.HasField("dim_value") else None for dim in tensor.shape.dim)
     return Tensor(tuple(sizes), dtype)
+
+
+def _damaged(path: Any, error: object) -> ValueError:
+    why = str(error).rstrip(".")
+    return ValueError(f"{path} is not an ONNX file that can be run, or is damaged: {why}. Export it again.")
 
 
 def _needs_extra(package: str, error: ImportError, extra: str = "export") -> ImportError:

@@ -127,7 +127,7 @@ def _add_models(folder: Path) -> bool:
     path = folder / "models.config"
     config = _read(path)
     known = {entry.name for entry in config.model_config_list.config}
-    found = sorted(base.name for base in folder.iterdir() if not base.name.startswith(".") and versions(base))
+    found = sorted(base.name for base in folder.iterdir() if not base.name.startswith(".") and _is_model(base))
     missing = [name for name in found if name not in known]
     if not missing:
         return False
@@ -136,6 +136,11 @@ def _add_models(folder: Path) -> bool:
     with replacing(path) as beside:
         beside.write_text(text_format.MessageToString(config), encoding="utf-8")
     return True
+
+
+def _is_model(base: Path) -> bool:
+    """Whether a folder has a version of a SavedModel; a number alone may name anything."""
+    return any((base / str(number) / "saved_model.pb").is_file() for number in versions(base))
 
 
 def _read(path: Path) -> Any:

@@ -129,7 +129,6 @@ def write_onnx() -> Callable[..., Path]:
         model: Dense - IFSpike (timesteps=3) - Synapse(Dense) - IFSpike - SpikeRep.
         path: Where to.
         form: "unrolled" or "step".
-        batch: Fixed batch size, if any.
         threshold: Instead of the model's.
         metadata: Instead of what tells the form and the neurons.
     """
@@ -138,7 +137,7 @@ def write_onnx() -> Callable[..., Path]:
 
     from keras_dsr.export import passes
 
-    def write(model, path, form, batch=None, threshold=None, metadata=None):
+    def write(model, path, form, threshold=None, metadata=None):
         weights = [np.asarray(w) for w in model.trainable_variables if "threshold" not in w.path]
         kernels, biases = weights[::2], weights[1::2]
         worth = np.float32(0.5 if threshold is None else threshold)
@@ -163,15 +162,15 @@ def write_onnx() -> Callable[..., Path]:
             return node("Gemm", x, f"kernel{index}", f"bias{index}")
 
         names, sizes = ("first", "second"), [len(bias) for bias in biases]
-        inputs = {"image": (batch, kernels[0].shape[0])}
+        inputs = {"image": (None, kernels[0].shape[0])}
         outputs = {
             "logits": (TensorProto.FLOAT, 2),
             "probabilities": (TensorProto.FLOAT, 2),
             "class": (TensorProto.INT64, 1),
         }
         if form == "step":
-            state = dict(zip((f"potential_{name}" for name in names), ((batch, size) for size in sizes), strict=True))
-            state |= {"count_second": (batch, sizes[1]), "weight_second": (batch, 1)}
+            state = dict(zip((f"potential_{name}" for name in names), ((None, size) for size in sizes), strict=True))
+            state |= {"count_second": (None, sizes[1]), "weight_second": (None, 1)}
             inputs |= state
             outputs |= {f"next_{name}": (TensorProto.FLOAT, 2) for name in state}
             x = "image"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import shutil
 
 import numpy as np
 import pytest
@@ -146,6 +147,15 @@ def test_what_is_no_saved_model(folder, tmp_path):
     (tmp_path / "saved_model.pb").write_bytes((folder / "saved_model.pb").read_bytes())
     with c_api.Session(tmp_path) as session, pytest.raises(RuntimeError, match="failed to run 'product'"):
         session.run("product", {"x": np.zeros((1, 2), "float32"), "n": np.int64(0)})  # there are no variables
+
+
+@pytest.mark.parametrize("kept", [0, 10])
+def test_damaged_variables_are_refused(kept, folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    variables = copy / "variables" / "variables.data-00000-of-00001"
+    variables.write_bytes(variables.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"failed to load .*copy: (.|\n)* It is damaged, .*export it again"):
+        c_api.Session(copy)
 
 
 def test_without_the_library_the_error_says_so(monkeypatch, tmp_path):

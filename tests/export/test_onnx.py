@@ -18,7 +18,15 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("tf2onnx")
 tf = pytest.importorskip("tensorflow")
-from keras_dsr.export import OnnxRuntime, Preprocessing, VerificationError, passes, verify  # noqa: E402
+from keras_dsr.export import (  # noqa: E402
+    OnnxRuntime,
+    Preprocessing,
+    VerificationError,
+    passes,
+    quantized_copy,
+    report_of,
+    verify,
+)
 from keras_dsr.export import onnx as onnx_export  # noqa: E402
 from keras_dsr.export.onnx import export_onnx  # noqa: E402
 
@@ -42,7 +50,7 @@ FILES = [
 
 @pytest.fixture(scope="module")
 def file_of(tmp_path_factory, build):
-    """By network, form and folding: the model, settings of its export, inputs, and the verified file."""
+    """By network, form and folding: the model, settings of its export, inputs, and the file, not yet verified."""
     done = {}
 
     def make(name, form, fold=False):
@@ -50,7 +58,7 @@ def file_of(tmp_path_factory, build):
             model, settings, x = build(name)
             path = tmp_path_factory.mktemp(name) / f"{form}.onnx"
             about = {"data": "noise"}
-            export_onnx(model, path, form=form, fold_thresholds=fold, examples=x, about=about, **settings)
+            export_onnx(model, path, form=form, fold_thresholds=fold, about=about, verify=False, **settings)
             done[name, form, fold] = model, settings, x, path
         return done[name, form, fold]
 
@@ -100,7 +108,7 @@ def test_the_graph_has_what_the_answer_needs_and_no_more(file_of):
     graph = onnx.load(path).graph
     found = kinds(graph)
     assert [found.count(kind) for kind in ("Conv", "MatMul", "AveragePool")] == [2, 1, 1]
-    # One ahead of Flatten, which takes channels last; BatchNorms are in the convolutions.
+    # One ahead of Flatten, which takes channels last.
     assert found.count("Transpose") == 1
     assert found.count("BatchNormalization") == 0
     assert found.count("GreaterOrEqual") == 3 * 4
@@ -181,9 +189,12 @@ def test_what_a_file_says(file_of):
     assert json.loads(metadata["keras_dsr.preprocessing"]) == {"mean": [33.0], "std": [70.0], "dtype": "uint8"}
     assert json.loads(metadata["keras_dsr.worth"]) == {"neuron1": 1.0, "neuron2": 1.0, "head_neuron": 1.0}
     assert "keras_dsr.weight_bits" not in metadata
+    assert metadata["keras_dsr.timesteps"] == "4"
     card = json.loads(metadata["keras_dsr.card"])
     assert card["about"] == {"data": "noise"}
-    assert card["name"] == model.name
+    assert (card["name"], card["timesteps"], card["input"]) == (model.name, 4, "static")
+    assert card["parameters"] == model.count_params()
+    assert card["neurons"][0] == {"layer": "neuron1", "type": "IFSpike", "threshold": 1.0, "alpha": 0.5}
     assert {"keras", "keras_dsr", "tf2onnx", "onnx"} <= card["versions"].keys()
     assert (proto.producer_name, proto.producer_version) == ("keras_dsr", keras_dsr.__version__)
     assert "one time step" in proto.doc_string
@@ -224,6 +235,8 @@ def test_a_loop_over_frames_of_a_network_that_insists_on_their_number(tmp_path):
         (lambda: frames_of(3), {"form": "rolled"}, "form is one of.*Received form='rolled'"),
         (lambda: frames_of(3), {"weight_bits": 3}, "8 or 4, or None for floats. Received weight_bits=3"),
         (lambda: frames_of(3), {"opset": 19}, "from 15 to 18. Received opset=19"),
+        (lambda: frames_of(3), {"about": {"accuracy": float("nan")}}, "`about` goes on the card"),
+        (lambda: frames_of(3), {"flip_budget": float("nan")}, "from 0 to 1. Received .*flip_budget=nan"),
         (lambda: frames_of(3), {"examples": np.zeros((2, 4, 3), "float32")}, r"Received float32 of shape \(2, 4, 3\)"),
     ],
 )
@@ -290,7 +303,7 @@ def test_a_file_that_does_other_than_keras_is_not_kept(tmp_path, monkeypatch):
         return proto
 
     monkeypatch.setattr(onnx_export, "_converted", spoiled)
-    with pytest.raises(VerificationError, match="spikes are flipped") as caught:
+    with pytest.raises(VerificationError, match=r"First: 'unrolled' of model.onnx in .* spikes are flipped") as caught:
         export_onnx(frames_of(3), path)
     assert not caught.value.report.passed
     assert path.read_bytes() == b"the one before"
@@ -299,34 +312,58 @@ def test_a_file_that_does_other_than_keras_is_not_kept(tmp_path, monkeypatch):
     assert onnx.load(path).graph.output[0].name == "logits"
 
 
-def test_random_inputs_are_as_clients_send_them(tmp_path):
+def test_a_file_keeps_what_it_was_verified_by(tmp_path):
+    """Here by random inputs, which are as clients send them."""
     model = models.small_cnn((2,), layers.IFSpike(1.0), timesteps=2)
-    path = export_onnx(model, tmp_path / "bytes.onnx", preprocessing=Preprocessing((0.0,), (16.0,)))
+    preprocessing = Preprocessing((0.0,), (16.0,))
+    path = export_onnx(
+        model, tmp_path / "bytes.onnx", preprocessing=preprocessing, batch_size=3, tolerance=1e-4, flip_budget=1e-3
+    )
     assert OnnxRuntime(path).inputs["image"].dtype == "uint8"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["bytes.onnx"]
+    report = report_of(path.rename(tmp_path / "renamed.onnx"))
+    assert report.random
+    assert (report.tolerance, report.flip_budget) == (1e-4, 1e-3)
+    assert (report.rows[0].file, report.rows[0].passed) == ("renamed.onnx", True)
+    assert {row.examples for row in report.rows} == {4}
 
 
+def test_a_file_of_few_bits_is_compared_with_the_copy_that_has_them(file_of, tmp_path):
+    model, settings, x, floats = file_of("small_if", "unrolled")
+    path = export_onnx(model, tmp_path / "four.onnx", weight_bits=4, verify=False, **settings)
+    report = verify(model, x, onnx=[floats, path], flip_budget=0, **settings)
+    assert report.passed, [row.reason for row in report.rows]
+    assert {(row.file, row.reference) for row in report.rows} == {("unrolled.onnx", ""), ("four.onnx", "4-bit copy")}
+    # The copy is what the file does, and the network itself does another thing.
+    prepared = settings["preprocessing"](x)
+    answer = OnnxRuntime(path).run({"image": x})["logits"]
+    np.testing.assert_allclose(answer, numpy(quantized_copy(model, 4)(prepared)), atol=1e-6)
+    assert np.abs(answer - numpy(model(prepared))).max() > 0.1
+
+
+# Network, and the forms of its files with whether thresholds are folded.
 GOLDEN = [
-    ("vgg11_if", "loop", True),
-    ("vgg11_if", "step", False),
-    ("preact_resnet18_if", "unrolled", True),
+    ("vgg11_if", {"loop": True, "step": False}),
+    ("preact_resnet18_if", {"unrolled": True}),
 ]
 
 
-@pytest.mark.parametrize(("name", "form", "fold"), GOLDEN)
-def test_golden_networks(name, form, fold, golden, tmp_path):
+@pytest.mark.parametrize(("name", "forms"), GOLDEN)
+def test_golden_networks(name, forms, golden, tmp_path):
     """Networks whose sums are exact: the spikes are those of the reference implementation, each of them."""
     network = golden(name)
     model, arrays, x = network.model, network.arrays, network.x
-    path = export_onnx(model, tmp_path / "golden.onnx", form=form, fold_thresholds=fold, verify=False)
-    report = verify(model, x, onnx=[path], flip_budget=0)
+    paths = [
+        export_onnx(model, tmp_path / f"{form}.onnx", form=form, fold_thresholds=fold, verify=False)
+        for form, fold in forms.items()
+    ]
+    report = verify(model, x, onnx=paths, flip_budget=0)
     assert report.passed, [row.reason for row in report.rows]
     for row in report.rows:
-        assert row.flipped == 0
+        assert (row.flipped, row.compared) == (0, len(x))
         assert row.max_difference <= 1e-6
     assert not report.silent
-    if form == "step":
-        return
-    answer, spikes = OnnxRuntime(path).traced({inputs(path)[0]: x})
+    answer, spikes = OnnxRuntime(paths[0]).traced({inputs(paths[0])[0]: x})
     for expected, layer in zip(arrays["eval_spike_counts_per_step"], network.layers, strict=True):
         fired = spikes[layer] != 0
         np.testing.assert_array_equal(fired.sum(axis=(0, *range(2, fired.ndim))), expected, err_msg=layer)

@@ -64,8 +64,8 @@ def test_one_step(kind, model, write_onnx, tmp_path):
 
 
 def test_what_the_file_says(kind, model, write_onnx, tmp_path):
-    runtime = kind(write_onnx(model, tmp_path / "model.onnx", "unrolled", batch=2))
-    assert runtime.inputs == {"image": runtimes.Tensor((2, 1), "float32")}
+    runtime = kind(write_onnx(model, tmp_path / "model.onnx", "unrolled"))
+    assert runtime.inputs == {"image": runtimes.Tensor((None, 1), "float32")}
     assert runtime.outputs == ("logits", "probabilities", "class")
     assert runtime.neurons == ("first", "second")
     assert runtime.metadata["keras_dsr.form"] == "unrolled"
@@ -84,6 +84,15 @@ def test_bad_input(kind, model, write_onnx, tmp_path):
         runtime.run({"image": np.ones((1, 1), "float32")}, outputs=["spikes/first"])
     with pytest.raises(FileNotFoundError, match=r"no ONNX file at .*other.onnx"):
         kind(tmp_path / "other.onnx")
+
+
+@pytest.mark.parametrize("kept", [0, 1 / 2, 1], ids=["empty", "half", "other"])
+def test_damaged_files_are_refused(kept, kind, model, write_onnx, tmp_path):
+    path = write_onnx(model, tmp_path / "model.onnx", "unrolled")
+    content = path.read_bytes()
+    path.write_bytes(b"no ONNX at all" if kept == 1 else content[: int(kept * len(content))])
+    with pytest.raises(ValueError, match=r"model.onnx is not an ONNX file that can be run, or is damaged: .*xport it"):
+        kind(path)
 
 
 def test_files_without_our_names(kind, model, write_onnx, tmp_path):

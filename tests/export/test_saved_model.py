@@ -16,13 +16,22 @@ import keras
 import numpy as np
 import pytest
 
-from keras_dsr import layers
+from keras_dsr import layers, models
+from keras_dsr.files import workspace
 from keras_dsr.stream import Stream
 
 pytestmark = pytest.mark.tensorflow_only
 tf = pytest.importorskip("tensorflow")
 pytest.importorskip("tensorflow_serving")
-from keras_dsr.export import Session, VerificationError, c_api, card, export_saved_model, tf_serving  # noqa: E402
+from keras_dsr.export import (  # noqa: E402
+    Session,
+    VerificationError,
+    c_api,
+    card,
+    export_saved_model,
+    report_of,
+    tf_serving,
+)
 from keras_dsr.export import saved_model as module  # noqa: E402
 
 SERVING_FILES = {"batching.config", "docker-compose.yml", "models.config", "monitoring.config"}
@@ -76,7 +85,12 @@ def test_the_card_says_what_it_is(exported):
         },
     }
     assert told["verification"]["passed"]
+    assert not told["verification"]["random"]
     assert {row["file"] for row in told["verification"]["rows"]} == {"small_if"}
+    report = report_of(one.version)
+    assert report.passed
+    assert [row.file for row in report.rows] == ["small_if/1"] * 4
+    assert [row.examples for row in report.rows] == [len(one.x)] * 4
     assert told["files"]["saved_model.pb"] == card.sha256(one.version / "saved_model.pb")
     assert set(told["files"]) == {
         path for path in entries(one.version) if (one.version / path).is_file() and not path.endswith((".json", ".md"))
@@ -144,6 +158,8 @@ def test_versions_count_up_and_are_never_overwritten(tmp_path):
     assert not list((base / "7").iterdir())
     text = (one / "assets.extra/README.md").read_text()
     assert "- accuracy: 0.5\n- data: none\n" in text
+    assert "The examples were random ones" in text
+    assert report_of(one).random
 
 
 def test_two_exports_that_want_the_same_number(tmp_path, monkeypatch):
@@ -227,7 +243,7 @@ def test_a_killed_export_leaves_the_served_folder_as_it_was(tmp_path):
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert entries(tmp_path) == before
-    with module._workspace(base) as living:
+    with workspace(base) as living:
         assert export_saved_model(tiny(), base, signatures=["serving_default"]).name == "2"
         assert living.is_dir()
     assert {path.name for path in tmp_path.iterdir()} == SERVING_FILES | {"tiny"}
@@ -253,9 +269,31 @@ def test_models_that_cannot_run_step_by_step_are_told_how(tmp_path):
     assert list(c_api.signatures(version)) == ["serving_default", "trace"]
 
 
+def test_a_link_to_another_place_gets_its_versions_there(tmp_path):
+    """What is renamed must be on the file system that it is renamed on."""
+    (tmp_path / "elsewhere/store").mkdir(parents=True)
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served/tiny").symlink_to(tmp_path / "elsewhere/store")
+    original = Path.rename
+
+    def rename(self, target):
+        assert self.parent == tmp_path / "elsewhere", "another disk, for all that is known"
+        return original(self, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        version = export_saved_model(tiny(), tmp_path / "served/tiny", signatures=["serving_default"])
+    assert version == tmp_path / "served/tiny/1"
+    assert (tmp_path / "elsewhere/store/1/saved_model.pb").is_file()
+    assert json.loads((version / card.CARD).read_text())["name"] == "tiny"
+    assert 'base_path: "/models/tiny"' in (tmp_path / "served/models.config").read_text()
+
+
 def test_bad_input(tmp_path, monkeypatch):
     model = tiny()
-    with pytest.raises(ValueError, match=r"The model's folder has the model's name.*Received '.*/1'"):
+    with pytest.raises(ValueError, match=r"'small_cnn' is a representation network.*with_timesteps"):
+        export_saved_model(models.small_cnn((2,), timesteps=0), tmp_path / "ann")
+    with pytest.raises(ValueError, match=r"The model's folder has the model's name.*Received the name '1'"):
         export_saved_model(model, tmp_path / "tiny" / "1")
     with pytest.raises(ValueError, match="The model's folder"):
         export_saved_model(model, tmp_path / "two words")
@@ -310,33 +348,36 @@ class TestServingFiles:
         config = tf_serving._read(folder / "models.config").model_config_list.config
         return [(entry.name, entry.base_path) for entry in config]
 
+    def version(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        (folder / "saved_model.pb").touch()
+
     def test_models_are_added(self, tmp_path):
-        for name in ("b", "a", "empty", ".hidden"):
-            (tmp_path / name).mkdir()
         for name in ("b/1", "a/12", ".hidden/1", "empty/notes"):
-            (tmp_path / name).mkdir()
+            self.version(tmp_path / name)
+        (tmp_path / "dates/2026").mkdir(parents=True)
         tf_serving.serve(tmp_path)
         assert self.models(tmp_path) == [("a", "/models/a"), ("b", "/models/b")]
-        (tmp_path / "empty/1").mkdir()
+        (tmp_path / "empty/notes").rename(tmp_path / "empty/1")
         tf_serving.serve(tmp_path)
         assert self.models(tmp_path) == [("a", "/models/a"), ("b", "/models/b"), ("empty", "/models/empty")]
 
     def test_what_was_changed_stays(self, tmp_path):
-        (tmp_path / "a/1").mkdir(parents=True)
+        self.version(tmp_path / "a/1")
         mine = 'model_config_list { config { name: "a" base_path: "/elsewhere" model_platform: "tensorflow" } }'
         (tmp_path / "models.config").write_text(mine)
         (tmp_path / "docker-compose.yml").write_text("mine")
         tf_serving.serve(tmp_path)
         assert (tmp_path / "models.config").read_text() == mine
         assert (tmp_path / "docker-compose.yml").read_text() == "mine"
-        (tmp_path / "b/1").mkdir(parents=True)
+        self.version(tmp_path / "b/1")
         tf_serving.serve(tmp_path)
         assert self.models(tmp_path) == [("a", "/elsewhere"), ("b", "/models/b")]
 
     def test_another_process_that_writes_last(self, tmp_path, monkeypatch):
         """It read models.config before ours was written: ours looks again, and adds what it misses."""
-        (tmp_path / "a/1").mkdir(parents=True)
-        (tmp_path / "b/1").mkdir(parents=True)
+        self.version(tmp_path / "a/1")
+        self.version(tmp_path / "b/1")
         original = tf_serving._add_models
         calls = []
 
