@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from keras_dsr.files import synchronize
+
 # How many frames are held at once where a file is copied.
 _CHUNK = 64
 
@@ -41,26 +43,18 @@ def whole_folder(folder: Path, build: Callable[[Path], None]) -> Path:
     try:
         build(beside)
         for file in beside.iterdir():
-            _sync(file)
-        _sync(beside)
+            synchronize(file)
+        synchronize(beside)
         try:
             beside.rename(folder)
         except OSError:
             if not folder.is_dir():
                 raise
         else:
-            _sync(folder.parent)
+            synchronize(folder.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return folder
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class FrameWriter:
