@@ -46,7 +46,6 @@ CASES = {
     "preact_resnet18-lif": Case("cifar10-lif-n5", data="images"),
     "vgg11-if": Case("nmnist", _FRAMES, "events"),
     "vgg11-lif": Case("nmnist", {**_FRAMES, "neuron": "lif"}, "events"),
-    "preact_resnet20-cifar10": Case("preact_resnet20-cifar10", data="images"),
     "vgg5-nmnist": Case("vgg5-nmnist", data="events"),
 }
 FORMS = ("unrolled", "loop", "step")
@@ -129,7 +128,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="where CIFAR-10 is (default: $KERAS_DSR_DATA)")
     parser.add_argument("--events", type=Path, help="where N-MNIST is (default: $KERAS_DSR_DATA)")
     parser.add_argument("--examples", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=8, help="larger ones take many GB for ResNet-18")
     parser.add_argument("--updates", type=int, default=20)
     options = parser.parse_args()
 

@@ -9,7 +9,7 @@ import pytest
 
 from keras_dsr import experiments, recipes, training
 
-# JAX compiles for minutes, to the same end.
+# Experiments are recipes times seeds, which is the same on JAX.
 pytestmark = pytest.mark.tensorflow_only
 
 FAST = {"epochs": "1", "timesteps": "2", "widths": "4"}

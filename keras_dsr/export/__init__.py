@@ -17,8 +17,8 @@ which `verify` uses where it is installed, by `pip install 'keras-dsr[openvino]'
 """
 
 from keras_dsr.export.c_api import Session
-from keras_dsr.export.functions import SIGNATURES, Network, Preprocessing
-from keras_dsr.export.onnx import FORMS, export_onnx
+from keras_dsr.export.functions import FORMS, SIGNATURES, Network, Preprocessing
+from keras_dsr.export.onnx import export_onnx
 from keras_dsr.export.report import Report, Row, VerificationError, report_of
 from keras_dsr.export.runtimes import OnnxRuntime, OpenVino
 from keras_dsr.export.saved_model import export_saved_model

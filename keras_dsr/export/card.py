@@ -15,27 +15,9 @@ import numpy as np
 import keras_dsr
 from keras_dsr.export.c_api import Signature
 from keras_dsr.export.functions import Network
-from keras_dsr.layers import ToStream
 
 CARD = "assets.extra/card.json"
 """Where in a version of a SavedModel its card is; beside it is `README.md` for people."""
-
-
-def own_timesteps(network: Network) -> int | None:
-    """The number N of time steps that a network insists on; `None` if its input's frames say how many there are.
-
-    Raises:
-        ValueError: if it is a representation network, which has none.
-    """
-    sources = (layer for layer in network.model._flatten_layers() if isinstance(layer, ToStream))
-    makers = (*network.neuron_layers.values(), *sources)
-    found = next((layer.timesteps for layer in makers if layer.timesteps is not None), None)
-    if found == 0:
-        raise ValueError(
-            f"Model {network.model.name!r} is a representation network (timesteps=0), which has no spikes. Give it "
-            "time steps with keras_dsr.models.with_timesteps(model, N)."
-        )
-    return found
 
 
 def plain(about: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,7 +55,7 @@ def make(
         "name": name,
         "model": network.model.name,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "timesteps": timesteps or own_timesteps(network) or network.model.inputs[0].shape[1],
+        "timesteps": timesteps or network.own_timesteps() or network.model.inputs[0].shape[1],
         "input": "frames" if network.takes_frames else "static",
         "preprocessing": None
         if preprocessing is None
@@ -168,7 +150,8 @@ def _readme(card: Mapping[str, Any]) -> str:
     for row in card["verification"]["rows"]:
         answers = "bit-equal" if row["bit_equal"] else f"differ by up to {row['max_difference']:.1e}"
         flipped = "" if row["flipped"] is None else f"{row['flipped']:,} of {row['spikes']:,}"
-        lines.append(f"| {row['form']} | {row['runtime']} | {row['examples']} | {answers} | {flipped} | passed |")
+        verdict = "passed" if row["passed"] else "failed"
+        lines.append(f"| {row['form']} | {row['runtime']} | {row['examples']} | {answers} | {flipped} | {verdict} |")
     if card["verification"]["random"]:
         lines += ["", "The examples were random ones: no real ones were given."]
     if card["verification"]["silent"]:

@@ -23,10 +23,13 @@ import numpy as np
 import tensorflow as tf
 
 from keras_dsr import graph
+from keras_dsr.layers import ToStream
 from keras_dsr.layers.neurons import SpikingNeuron
 from keras_dsr.stepping import Stepper, takes_frames
 
 SIGNATURES = ("serving_default", "step", "initial_state", "trace")
+FORMS = ("unrolled", "loop", "step")
+"""Forms of ONNX files: see `keras_dsr.export.onnx`."""
 
 # What Keras calls an input that was given no name, before and after the model was saved.
 _UNNAMED = re.compile(r"(keras_tensor|input_layer)(_\d+)?")
@@ -139,6 +142,22 @@ class Network:
     def _neurons(self) -> list[tuple[str, SpikingNeuron]]:
         calls = graph.calls(self.model)
         return [(identifier(name), layer) for name, layer, _ in calls if isinstance(layer, SpikingNeuron)]
+
+    def own_timesteps(self) -> int | None:
+        """The number N of time steps that the network insists on; `None` if the frames of its input say how many.
+
+        Raises:
+            ValueError: if it is a representation network, which has none.
+        """
+        sources = (layer for layer in self.model._flatten_layers() if isinstance(layer, ToStream))
+        makers = (*self.neuron_layers.values(), *sources)
+        found = next((layer.timesteps for layer in makers if layer.timesteps is not None), None)
+        if found == 0:
+            raise ValueError(
+                f"Model {self.model.name!r} is a representation network (timesteps=0), which has no spikes. Give it "
+                "time steps with keras_dsr.models.with_timesteps(model, N)."
+            )
+        return found
 
     @functools.cached_property
     def takes_frames(self) -> bool:

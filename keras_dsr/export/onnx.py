@@ -34,13 +34,12 @@ import tensorflow as tf
 import keras_dsr
 from keras_dsr.export import card, passes, verification
 from keras_dsr.export.folding import FoldedNetwork
-from keras_dsr.export.functions import Network, Preprocessing
+from keras_dsr.export.functions import FORMS, Network, Preprocessing
 from keras_dsr.export.passes import SPIKES
 from keras_dsr.export.report import METADATA, VerificationError
 from keras_dsr.export.weights import BITS, quantized_copy, store_as_integers
 from keras_dsr.files import synchronize, workspace
 
-FORMS = ("unrolled", "loop", "step")
 OPSETS = range(15, 19)
 """Versions of ONNX's operators that the converter writes."""
 
@@ -172,7 +171,7 @@ def _imported(name: str) -> Any:
 def _frames(network: Network, form: str, timesteps: int | None) -> int | None:
     """The number of time steps of the whole, as the file has it; `None` for any."""
     model = network.model
-    own = card.own_timesteps(network)
+    own = network.own_timesteps()
     if form == "step":
         if timesteps is not None:
             raise ValueError(f"The form 'step' has one time step. Received timesteps={timesteps!r}; leave it out.")

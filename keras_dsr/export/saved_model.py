@@ -91,7 +91,7 @@ def export_saved_model(
     if unknown:
         raise ValueError(f"signatures are some of {SIGNATURES}. Received {unknown}.")
     network = Network(model, preprocessing, classifier)
-    card.own_timesteps(network)
+    network.own_timesteps()  # raises, if it has none
     if {"step", "initial_state"} & set(signatures):
         _check_steps(network)
     random = examples is None

@@ -36,8 +36,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_dsr.export.c_api import Session
-from keras_dsr.export.card import own_timesteps
-from keras_dsr.export.functions import Network, Preprocessing
+from keras_dsr.export.functions import FORMS, Network, Preprocessing
 from keras_dsr.export.report import Report, Row
 from keras_dsr.export.runtimes import OnnxRuntime, OpenVino, Runtime, openvino_is_installed
 from keras_dsr.export.weights import quantized_copy
@@ -94,7 +93,7 @@ def verify(
             "batch_size is at least 1, tolerance not below 0, and flip_budget a part, from 0 to 1. Received "
             f"batch_size={batch_size}, tolerance={tolerance}, flip_budget={flip_budget}."
         )
-    own_timesteps(network)
+    network.own_timesteps()  # raises, if it has none
     x = check_examples(network, x)
     with contextlib.ExitStack() as stack, tf.device("CPU"):
         forms: list[_Form] = []
@@ -332,7 +331,7 @@ def _fired(network: Network, thresholds: Mapping[str, float], tensors: Arrays, o
 def _onnx_forms(network: Network, path: Path) -> Iterator[_Form]:
     runtime = OnnxRuntime(path)
     title = runtime.metadata.get("keras_dsr.form", "")
-    if title not in ("unrolled", "loop", "step"):
+    if title not in FORMS:
         raise ValueError(
             f"{path} does not say in its metadata (keras_dsr.form) what it runs, 'unrolled', 'loop' or 'step': it "
             "was not written by keras_dsr.export."
