@@ -2,6 +2,7 @@
 
     python benchmarks/export_proof.py --images DATA --events DATA
     python benchmarks/export_proof.py --network digits --examples 64
+    python benchmarks/export_proof.py --exact --images DATA --events DATA
 
 Each network is exported as a SavedModel and as ONNX in its three forms, and `keras_dsr.export.verify` compares all of
 them with Keras on the same inputs: those of the test part, and of the training part where that has too few.
@@ -9,6 +10,8 @@ them with Keras on the same inputs: those of the test part, and of the training 
 The digits' network is trained whole, and presets are as they ship. PreAct-ResNet-18 and VGG-11 are trained only until
 they fire on what they see (`--updates` updates of the representation network, then calibrated thresholds): the proof
 asks that numbers are equal, not that they are good.
+
+With `--exact` it is `keras_dsr.export.exact_copy` of each that is exported, and not one spike may be flipped.
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ CASES = {
     "vgg11-if": Case("nmnist", _FRAMES, "events"),
     "vgg11-lif": Case("nmnist", {**_FRAMES, "neuron": "lif"}, "events"),
     "vgg5-nmnist": Case("vgg5-nmnist", data="events"),
+    "preact_resnet20-cifar10": Case("preact_resnet20-cifar10", data="images"),
 }
 FORMS = ("unrolled", "loop", "step")
 
@@ -85,18 +89,38 @@ def network(case: Case, folders: dict[str, Path | None], count: int, updates: in
     return model, preprocessing, x.astype("uint8" if images else "float32")
 
 
-def prove(model: Any, preprocessing: Any, x: np.ndarray, batch_size: int) -> Any:
+def exactly(model: Any, preprocessing: Any, x: np.ndarray) -> tuple[Any, float]:
+    """The copy of a model whose sums are exact, and the part of the inputs to which it gives the same class."""
+    from keras_dsr.export import Grid, exact_copy
+
+    prepared = x if preprocessing is None else np.asarray(preprocessing(x))
+    copy = exact_copy(model, Grid.of(prepared))
+    answers = [each.predict(prepared, batch_size=8, verbose=0).argmax(-1) for each in (model, copy)]
+    return copy, float(np.mean(answers[0] == answers[1]))
+
+
+def prove(model: Any, preprocessing: Any, x: np.ndarray, batch_size: int, flip_budget: float) -> Any:
     """The report on everything that can be exported of a model."""
     from keras_dsr.export import export_onnx, export_saved_model, verify
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        version = export_saved_model(model, folder / "network", preprocessing=preprocessing, examples=x[:2])
+        version = export_saved_model(
+            model, folder / "network", preprocessing=preprocessing, examples=x[:2], flip_budget=flip_budget
+        )
         files = [
             export_onnx(model, folder / f"{form}.onnx", form=form, preprocessing=preprocessing, verify=False)
             for form in FORMS
         ]
-        return verify(model, x, saved_model=version, onnx=files, preprocessing=preprocessing, batch_size=batch_size)
+        return verify(
+            model,
+            x,
+            saved_model=version,
+            onnx=files,
+            preprocessing=preprocessing,
+            batch_size=batch_size,
+            flip_budget=flip_budget,
+        )
 
 
 def table(results: dict[str, Any], reports: dict[str, Any]) -> str:
@@ -119,6 +143,9 @@ def table(results: dict[str, Any], reports: dict[str, Any]) -> str:
             )
     silent = ", ".join(f"{layer} of {name}" for name, report in reports.items() for layer in report.silent)
     lines += ["", f"Neuron layers that never fired: {silent or 'none'}."]
+    same = [f"{name} {each['same_class']:.1%}" for name, each in results["networks"].items() if "same_class" in each]
+    if same:
+        lines += ["", f"Inputs to which the exact copy gives the class that its network gives: {', '.join(same)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -130,12 +157,13 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8, help="larger ones take many GB for ResNet-18")
     parser.add_argument("--updates", type=int, default=20)
+    parser.add_argument("--exact", action="store_true", help="of copies whose sums are exact")
     options = parser.parse_args()
 
     results: dict[str, Any] = {
         "machine": machine(),
         "command": f"python benchmarks/export_proof.py --network {' '.join(options.network)} "
-        f"--examples {options.examples}",
+        f"--examples {options.examples}{' --exact' if options.exact else ''}",
         "networks": {},
     }
     reports: dict[str, Any] = {}
@@ -143,12 +171,17 @@ def main() -> None:
     for name in options.network:
         started = time.perf_counter()
         model, preprocessing, x = network(CASES[name], folders, options.examples, options.updates)
-        report = prove(model, preprocessing, x, options.batch_size)
+        same = {}
+        if options.exact:
+            model, same["same_class"] = exactly(model, preprocessing, x)
+        report = prove(model, preprocessing, x, options.batch_size, 0.0 if options.exact else 1e-6)
         reports[name] = report
-        results["networks"][name] = dataclasses.asdict(report)
+        results["networks"][name] = {**dataclasses.asdict(report), **same}
         print(f"{name}: {'passed' if report.passed else 'FAILED'} in {time.perf_counter() - started:.0f} s", flush=True)
         text = table(results, reports)
-        write("export_proof", results, text)  # after each, since they take minutes
+        write(
+            "export_proof_exact" if options.exact else "export_proof", results, text
+        )  # after each, since they take minutes
     print(text)
 
 

@@ -90,6 +90,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--fold-thresholds", action="store_true", help="ONNX whose spikes are 0 and 1")
     export.add_argument("--weight-bits", type=int, choices=(8, 4), help="ONNX whose weights are whole numbers")
+    export.add_argument(
+        "--exact",
+        action="store_true",
+        help="round weights so that each spike is the same in all runtimes; no flip is allowed then",
+    )
     verify = commands.add_parser(
         "verify",
         help="compare an export with its network",
@@ -267,6 +272,7 @@ def _export(options: argparse.Namespace) -> None:
         onnx=options.onnx,
         fold_thresholds=options.fold_thresholds,
         weight_bits=options.weight_bits,
+        exact=options.exact,
         flip_budget=options.flip_budget,
     )
 

@@ -6,6 +6,7 @@ All are proven before any gets its name, on real examples where these are at han
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import math
@@ -18,13 +19,17 @@ from typing import Any
 import keras
 import numpy as np
 
+import keras_dsr
 from keras_dsr import export, runs, training
 from keras_dsr.data.parts import DataSet
 from keras_dsr.export import Network, Preprocessing, Report, saved_model, tf_serving
+from keras_dsr.export import card as cards
 from keras_dsr.files import workspace
 from keras_dsr.models import presets
 from keras_dsr.recipes import Recipe
 
+_EXACT = "exact"  # on the card, of a network whose sums are exact
+_OF_TRAINED = ("test_accuracy", "test_examples", "validation_accuracy", "firing_rates", "preset")
 _PACKAGES = ("onnx", "onnxruntime", "tensorflow_serving", "tf2onnx")
 
 
@@ -211,6 +216,7 @@ def deploy(
     onnx: Sequence[str] = ("unrolled",),
     fold_thresholds: bool = False,
     weight_bits: int | None = None,
+    exact: bool = False,
     flip_budget: float = 1e-6,
 ) -> Exported:
     """Exports a network, proves that all that was exported does as the network does, and only then gives it its names.
@@ -222,6 +228,8 @@ def deploy(
         onnx: Forms of ONNX files to write: "unrolled", "loop", "step"; none for no file.
         fold_thresholds: As in `keras_dsr.export.export_onnx`.
         weight_bits: As in `keras_dsr.export.export_onnx`; such files have it in their names.
+        exact: Whether `keras_dsr.export.exact_copy` of the network is exported in its place, on the grid of the
+            examples. Then not one spike may be flipped, whatever `flip_budget` says.
         flip_budget: As in `keras_dsr.export.verify`.
 
     Returns:
@@ -229,7 +237,7 @@ def deploy(
 
     Raises:
         keras_dsr.export.VerificationError: if something exported differs from the network. Nothing is kept.
-        ValueError: if the network cannot be exported.
+        ValueError: if the network cannot be exported, or not made exact.
         ImportError: if a package of the extra `export` is not installed.
     """
     if not onnx and (fold_thresholds or weight_bits is not None):
@@ -237,8 +245,15 @@ def deploy(
             "Folded thresholds and weights of few bits are for ONNX files, and none is to be written. Received "
             f"onnx=(), fold_thresholds={fold_thresholds}, weight_bits={weight_bits}; name a form, such as 'unrolled'."
         )
+    if exact and weight_bits is not None:
+        raise ValueError(
+            "Exact networks have kernels of as many bits as their sums allow, and no fixed number of them. Received "
+            f"exact=True, weight_bits={weight_bits}; leave one out."
+        )
     folder = base / given.name
     saved_model.check_base(folder)
+    if exact:
+        given, flip_budget = _exact(given), 0.0
     settings = {
         "preprocessing": given.preprocessing,
         "examples": given.examples,
@@ -269,6 +284,84 @@ def deploy(
     return Exported(version, files, placed.get("-request.json"), network.input_name, network.input_dtype)
 
 
+def _exact(given: Source) -> Source:
+    """The network with exact sums, in the place of the trained one."""
+    if given.examples is None:
+        raise ValueError(
+            f"An exact network is made for real inputs, and the data set of {given.name} is not at hand. Say where it "
+            "is: data_dir=... in Python, --data-dir on the command line."
+        )
+    grid = _grid(given)
+    model = export.exact_copy(given.model, grid)
+    prepared = given.examples if given.preprocessing is None else np.asarray(given.preprocessing(given.examples))
+    answers = [np.argmax(each.predict(prepared, batch_size=32, verbose=0), axis=-1) for each in (given.model, model)]
+    exact = {
+        "input_step": grid.step,
+        "input_limit": grid.limit,
+        "largest_sum_bits": max(export.largest_sums(model).values()),
+        "same_class_as_trained": float(np.mean(answers[0] == answers[1])),
+        "examples": len(prepared),
+        "sha256": _sha256(model),
+    }
+    # What was found of the trained network is not said of this one.
+    about = {key: value for key, value in given.about.items() if key not in _OF_TRAINED}
+    trained = {key: given.about[key] for key in _OF_TRAINED if key in given.about}
+    return dataclasses.replace(given, model=model, about={**about, "trained": trained, _EXACT: exact})
+
+
+def _grid(given: Source) -> export.Grid:
+    """The grid of a network's input."""
+    if given.preprocessing is None or given.preprocessing.dtype != "uint8":
+        x = given.examples if given.preprocessing is None else np.asarray(given.preprocessing(given.examples))
+        return export.Grid.of(x)
+    # All that clients can send. Runtimes divide by std, or multiply with 1 / std: both must end at the same step.
+    channels = given.examples.shape[-1]
+    every = np.repeat(np.arange(256, dtype="uint8")[:, None], channels, axis=1)
+    divided = np.asarray(given.preprocessing(every))
+    mean, std = (np.asarray(each, "float32") for each in (given.preprocessing.mean, given.preprocessing.std))
+    multiplied = (every.astype("float32") - mean) * (np.float32(1) / std)
+    limit = export.Grid.of(divided).limit / 2  # none is larger
+    for bits in (13, 12, 14, 11):
+        grid = export.Grid(limit * 2.0**-bits, limit)
+        if np.array_equal(np.rint(divided / grid.step), np.rint(multiplied / grid.step)):
+            return grid
+    raise ValueError(
+        f"The preprocessing of {given.name} ends halfway between steps of every grid that was tried, where runtimes "
+        f"round in different ways. Change mean or std a little. Received {given.preprocessing}."
+    )
+
+
+def _sha256(model: keras.Model) -> str:
+    """Of a model's weights."""
+    found = hashlib.sha256()
+    for weight in model.get_weights():
+        found.update(np.ascontiguousarray(weight).tobytes())
+    return found.hexdigest()
+
+
+def _as_exported(given: Source, version: Path) -> tuple[Source, bool]:
+    """The network that a version was exported of, and whether that is the exact copy, which its card says."""
+    path = version / cards.CARD
+    if not path.is_file():
+        return given, False
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        exact = written["about"].get(_EXACT)
+        if exact is None:
+            return given, False
+        grid = export.Grid(exact["input_step"], exact["input_limit"])
+        sha256, maker = exact["sha256"], written["versions"]["keras_dsr"]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"The card {path} is damaged ({error!r}). Export the version again.") from error
+    model = export.exact_copy(given.model, grid)
+    if _sha256(model) != sha256:
+        raise ValueError(
+            f"{version} was exported as the exact copy of another network, or by a keras_dsr that rounds otherwise "
+            f"({maker}; this is {keras_dsr.__version__}). Export it again."
+        )
+    return dataclasses.replace(given, model=model), True
+
+
 def _suffix(form: str, weight_bits: int | None) -> str:
     """What the name of an ONNX file has after the version's number."""
     bits = "" if weight_bits is None else f"-{weight_bits}bit"
@@ -276,20 +369,21 @@ def _suffix(form: str, weight_bits: int | None) -> str:
 
 
 def verify(given: Source, folder: Path, onnx: Sequence[Path] = (), *, flip_budget: float = 1e-6) -> Report:
-    """Compares a network with what was exported of it, again.
+    """Compares a network with what was exported of it, again: with its exact copy, where that was exported.
 
     Args:
         given: The network, with examples.
         folder: The folder of a SavedModel's version; or of all versions, for the newest.
         onnx: ONNX files; if there are none, those beside the version that have its number.
-        flip_budget: As in `keras_dsr.export.verify`.
+        flip_budget: As in `keras_dsr.export.verify`; of an exact copy no spike may be flipped.
 
     Returns:
         What was found.
 
     Raises:
         FileNotFoundError: if there is no version in the folder.
-        ValueError: if there are no examples.
+        ValueError: if there are no examples, the version's card is damaged, or the network's exact copy is not the one
+            that was exported.
     """
     if given.examples is None:
         raise ValueError(
@@ -302,6 +396,7 @@ def verify(given: Source, folder: Path, onnx: Sequence[Path] = (), *, flip_budge
         if not versions:
             raise FileNotFoundError(f"There is no version of a SavedModel in {folder}: no folder named by a number.")
         folder = folder / str(versions[-1])
+    given, exact = _as_exported(given, folder)
     named = re.compile(rf"{re.escape(folder.name)}(-loop|-step)?(-\d+bit)?")
     beside = sorted(path for path in folder.parent.glob("*.onnx") if named.fullmatch(path.stem))
     return export.verify(
@@ -310,5 +405,5 @@ def verify(given: Source, folder: Path, onnx: Sequence[Path] = (), *, flip_budge
         saved_model=folder,
         onnx=tuple(onnx) or beside,
         preprocessing=given.preprocessing,
-        flip_budget=flip_budget,
+        flip_budget=0.0 if exact else flip_budget,
     )

@@ -126,12 +126,48 @@ def test_nothing_is_published_before_all_is_proven(part, deployed, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_exact_network_is_exported_and_found_again(deployed, tmp_path):
+    given, *_ = deployed
+    exported = deployment.deploy(given, tmp_path, exact=True, flip_budget=1.0)
+    about = json.loads((exported.saved_model / "assets.extra" / "card.json").read_text())["about"]
+    assert about["data"] == "digits"
+    assert about["trained"]["test_examples"] == 360
+    assert "test_accuracy" not in about
+    exact = about["exact"]
+    largest = (255 - given.preprocessing.mean[0]) / given.preprocessing.std[0]
+    assert largest <= exact["input_limit"] < 2 * largest
+    assert exact["input_step"] == exact["input_limit"] / 8192
+    assert 20 < exact["largest_sum_bits"] <= 24
+    assert exact["examples"] == 16
+    assert all(report.flip_budget == 0 and report.exportable for report in exported.reports)
+    copy = export.exact_copy(given.model, export.Grid(exact["input_step"], exact["input_limit"]))
+    x = np.asarray(given.preprocessing(given.examples))
+    classes = [model.predict(x, verbose=0).argmax(-1) for model in (copy, given.model)]
+    assert exact["same_class_as_trained"] == np.mean(classes[0] == classes[1]) > 0.5
+    logits = export.OnnxRuntime(exported.onnx[0]).run({"image": given.examples})["logits"]
+    np.testing.assert_allclose(logits, copy.predict(x, verbose=0), atol=1e-6)
+    # What is there is compared with the copy again, not with the trained network.
+    report = deployment.verify(given, tmp_path / "digits")
+    assert report.exportable
+    assert report.flip_budget == 0
+    kernels = [
+        layer.get_weights()[0] for model in (copy, given.model) for layer in model.layers if layer.name == "conv1"
+    ]
+    assert not np.array_equal(*kernels)
+
+
 def test_what_cannot_be_deployed_is_refused_at_once(deployed, tmp_path, monkeypatch):
     given, *_ = deployed
     with pytest.raises(ValueError, match=r"for ONNX files, and none is to be written.*weight_bits=8"):
         deployment.deploy(given, tmp_path, onnx=(), weight_bits=8)
     with pytest.raises(ValueError, match="for ONNX files, and none is to be written"):
         deployment.deploy(given, tmp_path, onnx=(), fold_thresholds=True)
+    with pytest.raises(ValueError, match="exact=True, weight_bits=8; leave one out"):
+        deployment.deploy(given, tmp_path, exact=True, weight_bits=8)
+    with pytest.raises(
+        ValueError, match=r"made for real inputs, and the data set of digits is not at hand.*--data-dir"
+    ):
+        deployment.deploy(dataclasses.replace(given, examples=None), tmp_path, exact=True)
     with pytest.raises(ValueError, match="Received the name '7'"):
         deployment.deploy(dataclasses.replace(given, name="7"), tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -226,6 +262,45 @@ def test_the_command_line_exports_and_verifies(run, tmp_path, capsys):
         ("1-loop-8bit.onnx", "8-bit copy"),
     }
     assert "bit-equal" in capsys.readouterr().out
+
+
+def test_exact_exports_that_cannot_be_compared_again(deployed, tmp_path):
+    given, *_ = deployed
+    exported = deployment.deploy(given, tmp_path, exact=True, onnx=())
+    path = exported.saved_model / "assets.extra" / "card.json"
+    card = json.loads(path.read_text())
+    card["about"]["exact"]["sha256"] = "0" * 64
+    path.write_text(json.dumps(card))
+    with pytest.raises(ValueError, match=r"exact copy of another network, or by a keras_dsr that rounds otherwise \("):
+        deployment.verify(given, tmp_path / "digits")
+    for damaged in ("{", "{}", "[]", json.dumps({**card, "about": {"exact": True}})):
+        path.write_text(damaged)
+        with pytest.raises(ValueError, match=r"card\.json is damaged .*Export the version again"):
+            deployment.verify(given, tmp_path / "digits")
+
+
+def test_bytes_end_at_the_same_step_however_std_is_divided_by():
+    # With these, a byte is halfway between two of 2^-13 of the limit.
+    preprocessing = export.Preprocessing((119.421,), (62.679,))
+    given = deployment.Source("x", None, preprocessing, {}, np.zeros((1, 8, 8, 1), "uint8"))
+    every = np.arange(256, dtype="uint8")[:, None]
+    divided = np.asarray(preprocessing(every))
+    multiplied = (every - np.float32(119.421)) * (np.float32(1) / np.float32(62.679))
+    found = deployment._grid(given)
+    naive = export.Grid(found.limit * 2.0**-13, found.limit)
+    steps = [[np.rint(x / grid.step) for x in (divided, multiplied)] for grid in (naive, found)]
+    assert not np.array_equal(*steps[0])
+    assert np.array_equal(*steps[1])
+    assert np.abs(divided).max() <= found.limit < 2 * np.abs(divided).max()
+
+
+def test_the_command_line_exports_an_exact_network(run, tmp_path, capsys):
+    arguments = ["--to", str(tmp_path), "--onnx", "none", "--examples", "8", "--exact"]
+    assert cli.main(["export", str(run), *arguments]) == 0
+    assert export.report_of(tmp_path / "digits" / "1").flip_budget == 0
+    assert cli.main(["verify", str(tmp_path / "digits"), str(run), "--examples", "8", "--flip-budget", "0"]) == 0
+    assert cli.main(["export", str(run), "--to", str(tmp_path), "--exact", "--weight-bits", "8"]) == 1
+    assert "exact=True, weight_bits=8" in capsys.readouterr().err
 
 
 def test_the_command_line_says_no_to_an_export_that_differs(run, deployed, tmp_path, capsys):

@@ -10,6 +10,7 @@
 - `keras_dsr.export.runtimes`: `OnnxRuntime` and `OpenVino`
 - `keras_dsr.export.tensors`: what signatures and files say of their inputs
 - `keras_dsr.export.onnx`: `export_onnx`, ONNX files in three forms
+- `keras_dsr.export.exact`: `exact_copy`, networks whose spikes are the same in every runtime by construction
 - `keras_dsr.export.folding`, `keras_dsr.export.weights`, `keras_dsr.export.passes`: what makes them fast and small
 
 Export runs on TensorFlow. Packages that it needs beside are installed by `pip install 'keras-dsr[export]'`; OpenVINO,
@@ -17,6 +18,7 @@ which `verify` uses where it is installed, by `pip install 'keras-dsr[openvino]'
 """
 
 from keras_dsr.export.c_api import Session
+from keras_dsr.export.exact import Grid, exact_copy, largest_sums
 from keras_dsr.export.functions import FORMS, SIGNATURES, Network, Preprocessing
 from keras_dsr.export.onnx import export_onnx
 from keras_dsr.export.report import Report, Row, VerificationError, report_of
@@ -28,6 +30,7 @@ from keras_dsr.export.weights import quantized_copy
 __all__ = [
     "FORMS",
     "SIGNATURES",
+    "Grid",
     "Network",
     "OnnxRuntime",
     "OpenVino",
@@ -36,8 +39,10 @@ __all__ = [
     "Row",
     "Session",
     "VerificationError",
+    "exact_copy",
     "export_onnx",
     "export_saved_model",
+    "largest_sums",
     "quantized_copy",
     "report_of",
     "verify",

@@ -138,6 +138,9 @@ class _Neuron:
 
     def step(self, current: Any, potential: Any) -> tuple[Any, Any, Any]:
         """One time step: what is put out, 1 where a neuron fired, and the potential after."""
+        if self._settings["decay"] != 1:
+            # As in `_Walk._stock`: else what a current is multiplied with here would go into the layer ahead.
+            current = tf.maximum(current, current.dtype.min)
         zero = tf.zeros([], self.wide)
         # A count that starts anew at each step is 1 where a neuron fired.
         output, _, potential, fired, _ = backend.step(

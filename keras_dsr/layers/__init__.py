@@ -4,8 +4,10 @@
 - between them, on streams: `Synapse` (any affine Keras layer), `BatchNormalization`, `Add`, `Dropout`
 - weights of few bits: `QuantizedConv2D`, `QuantizedDense`, for a `Synapse` or on their own
 - in and out: `ToStream`, `ToTensor`, and the readout `SpikeRep`
+- in networks whose sums are exact (`keras_dsr.export.exact`): `FixedPoint`, `Scale`
 """
 
+from keras_dsr.layers.fixed_point import FixedPoint, Scale
 from keras_dsr.layers.merging import Add, Dropout
 from keras_dsr.layers.neurons import IFSpike, LIFSpike, SpikingNeuron
 from keras_dsr.layers.normalization import BatchNormalization
@@ -17,10 +19,12 @@ __all__ = [
     "Add",
     "BatchNormalization",
     "Dropout",
+    "FixedPoint",
     "IFSpike",
     "LIFSpike",
     "QuantizedConv2D",
     "QuantizedDense",
+    "Scale",
     "SpikeRep",
     "SpikingNeuron",
     "Synapse",

@@ -388,7 +388,7 @@ class TestLimits:
             assert running.result(120)["turns"].tolist() == [4000]
 
     @pytest.mark.parametrize(
-        "limits, refusal", [({"max_requests": 2, "max_queue": 8}, 429), ({"max_requests": 99, "max_queue": 1}, 503)]
+        ("limits", "refusal"), [({"max_requests": 2, "max_queue": 8}, 429), ({"max_requests": 99, "max_queue": 1}, 503)]
     )
     def test_rest_requests_at_once_and_queue(self, ours, limits, refusal):
         """One runs and one waits; which limit refuses the others depends on which is met first."""
