@@ -94,7 +94,8 @@ def exactly(model: Any, preprocessing: Any, x: np.ndarray) -> tuple[Any, float]:
     from keras_dsr.export import Grid, exact_copy
 
     prepared = x if preprocessing is None else np.asarray(preprocessing(x))
-    copy = exact_copy(model, Grid.of(prepared))
+    grid = Grid.of(x) if preprocessing is None else Grid.of_bytes(preprocessing, x.shape[-1])
+    copy = exact_copy(model, grid)
     answers = [each.predict(prepared, batch_size=8, verbose=0).argmax(-1) for each in (model, copy)]
     return copy, float(np.mean(answers[0] == answers[1]))
 

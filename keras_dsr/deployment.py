@@ -311,24 +311,11 @@ def _exact(given: Source) -> Source:
 
 def _grid(given: Source) -> export.Grid:
     """The grid of a network's input."""
-    if given.preprocessing is None or given.preprocessing.dtype != "uint8":
-        x = given.examples if given.preprocessing is None else np.asarray(given.preprocessing(given.examples))
-        return export.Grid.of(x)
-    # All that clients can send. Runtimes divide by std, or multiply with 1 / std: both must end at the same step.
-    channels = given.examples.shape[-1]
-    every = np.repeat(np.arange(256, dtype="uint8")[:, None], channels, axis=1)
-    divided = np.asarray(given.preprocessing(every))
-    mean, std = (np.asarray(each, "float32") for each in (given.preprocessing.mean, given.preprocessing.std))
-    multiplied = (every.astype("float32") - mean) * (np.float32(1) / std)
-    limit = export.Grid.of(divided).limit / 2  # none is larger
-    for bits in (13, 12, 14, 11):
-        grid = export.Grid(limit * 2.0**-bits, limit)
-        if np.array_equal(np.rint(divided / grid.step), np.rint(multiplied / grid.step)):
-            return grid
-    raise ValueError(
-        f"The preprocessing of {given.name} ends halfway between steps of every grid that was tried, where runtimes "
-        f"round in different ways. Change mean or std a little. Received {given.preprocessing}."
-    )
+    if given.preprocessing is None:
+        return export.Grid.of(given.examples)
+    if given.preprocessing.dtype == "uint8":
+        return export.Grid.of_bytes(given.preprocessing, given.examples.shape[-1])
+    return export.Grid.of(np.asarray(given.preprocessing(given.examples)))
 
 
 def _sha256(model: keras.Model) -> str:
@@ -349,7 +336,7 @@ def _as_exported(given: Source, version: Path) -> tuple[Source, bool]:
         exact = written["about"].get(_EXACT)
         if exact is None:
             return given, False
-        grid = export.Grid(exact["input_step"], exact["input_limit"])
+        grid = export.Grid(float(exact["input_step"]), float(exact["input_limit"]))
         sha256, maker = exact["sha256"], written["versions"]["keras_dsr"]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"The card {path} is damaged ({error!r}). Export the version again.") from error

@@ -273,25 +273,11 @@ def test_exact_exports_that_cannot_be_compared_again(deployed, tmp_path):
     path.write_text(json.dumps(card))
     with pytest.raises(ValueError, match=r"exact copy of another network, or by a keras_dsr that rounds otherwise \("):
         deployment.verify(given, tmp_path / "digits")
-    for damaged in ("{", "{}", "[]", json.dumps({**card, "about": {"exact": True}})):
+    other = {**card, "about": {"exact": {**card["about"]["exact"], "input_step": "fine"}}}
+    for damaged in ("{", "{}", "[]", json.dumps({**card, "about": {"exact": True}}), json.dumps(other)):
         path.write_text(damaged)
         with pytest.raises(ValueError, match=r"card\.json is damaged .*Export the version again"):
             deployment.verify(given, tmp_path / "digits")
-
-
-def test_bytes_end_at_the_same_step_however_std_is_divided_by():
-    # With these, a byte is halfway between two of 2^-13 of the limit.
-    preprocessing = export.Preprocessing((119.421,), (62.679,))
-    given = deployment.Source("x", None, preprocessing, {}, np.zeros((1, 8, 8, 1), "uint8"))
-    every = np.arange(256, dtype="uint8")[:, None]
-    divided = np.asarray(preprocessing(every))
-    multiplied = (every - np.float32(119.421)) * (np.float32(1) / np.float32(62.679))
-    found = deployment._grid(given)
-    naive = export.Grid(found.limit * 2.0**-13, found.limit)
-    steps = [[np.rint(x / grid.step) for x in (divided, multiplied)] for grid in (naive, found)]
-    assert not np.array_equal(*steps[0])
-    assert np.array_equal(*steps[1])
-    assert np.abs(divided).max() <= found.limit < 2 * np.abs(divided).max()
 
 
 def test_the_command_line_exports_an_exact_network(run, tmp_path, capsys):

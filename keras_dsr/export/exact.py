@@ -15,7 +15,8 @@ What is left are operations on single numbers, each rounded as IEEE 754 says, in
 the product with gamma, and what neurons do. This holds where float32 is multiplied and added as such: in TensorFlow and
 ONNX Runtime on the CPU. It does not where a runtime computes convolutions in another way (TF32, which GPUs take unless
 told otherwise; Winograd's; bfloat16) or fuses a product with the sum that follows (OpenVINO). What is ahead of the
-`FixedPoint` layer, a preprocessing, need only be right to a fraction of its step.
+`FixedPoint` layer, a preprocessing, may round otherwise unless its result is next to halfway between two steps:
+`Grid.of_bytes` finds a grid where no byte's is.
 
 `largest_sums` proves a network: it takes weights as they are, and derives what the largest sums can be.
 
@@ -35,6 +36,7 @@ import numpy as np
 from keras import layers
 
 from keras_dsr import graph
+from keras_dsr.export.functions import Preprocessing
 from keras_dsr.export.weights import with_stock_layers
 from keras_dsr.layers import Add, BatchNormalization, Dropout, FixedPoint, Scale, SpikeRep, Synapse, ToStream, ToTensor
 from keras_dsr.layers.neurons import SpikingNeuron, neurons_of
@@ -106,6 +108,35 @@ class Grid:
         limit = 2.0 ** (math.ceil(math.log2(largest)) + 1)
         own = min(int(_exponents(x.reshape(-1, 1))[0]), 0)
         return cls(max(limit * 2.0**-bits, min(2.0**own, limit)), limit)
+
+    @classmethod
+    def of_bytes(cls, preprocessing: Preprocessing, channels: int) -> Grid:
+        """A grid for images of bytes, on which all runtimes put each of the 256 to the same place.
+
+        Args:
+            preprocessing: From bytes to the network's input.
+            channels: Of the images.
+
+        Returns:
+            The grid, of 13 bits up to a limit that no byte is beyond; or of 12, 14 or 11 bits.
+
+        Raises:
+            ValueError: if on each of these grids some byte ends halfway between two steps, where a division by std and
+                a multiplication with 1 / std, which some runtimes make of it, may be rounded to different ones.
+        """
+        every = np.repeat(np.arange(256, dtype="uint8")[:, None], channels, axis=1)
+        divided = np.asarray(preprocessing(every))
+        mean, std = (np.asarray(each, "float32") for each in (preprocessing.mean, preprocessing.std))
+        multiplied = (every.astype("float32") - mean) * (np.float32(1) / std)
+        limit = cls.of(divided).limit / 2
+        for bits in (13, 12, 14, 11):
+            step = limit * 2.0**-bits
+            if np.array_equal(np.rint(divided / step), np.rint(multiplied / step)):
+                return cls(step, limit)
+        raise ValueError(
+            "Some byte ends halfway between two steps of every grid, where runtimes round in different ways. Change "
+            f"mean or std a little. Received {preprocessing}."
+        )
 
 
 def exact_copy(model: keras.Model, grid: Grid) -> keras.Model:
@@ -203,6 +234,8 @@ def _check_layers(model: keras.Model) -> None:
 def _without_normalization(model: keras.Model) -> keras.Model:
     """A copy of stock layers, with the values that few-bit ones compute with, and normalizations as `Scale`."""
     stock, kernels = with_stock_layers(model)
+    source = graph.functional(stock)
+    stock = keras.Model(source.input, source.output, name=model.name)  # which is not compiled, nor are its clones
     pairs: list[tuple[Any, Any]] = []
     ranks = {
         id(layer): len((inputs[1] if isinstance(layer, BatchNormalization) else inputs).shape)
@@ -218,7 +251,8 @@ def _without_normalization(model: keras.Model) -> keras.Model:
             new = scale = Scale(name=layer.name, dtype="float32")
         else:
             new = type(layer).from_config(layer.get_config())
-            pairs.append((layer, new))
+            if isinstance(layer, keras.Layer):  # and not an operation such as keras.ops.softmax
+                pairs.append((layer, new))
             return new
         if not layer.scale or layer.axis not in (-1, ranks[id(layer)] - 1):
             raise _refusal(
@@ -283,13 +317,20 @@ def _on_grid(model: keras.Model, grid: Grid) -> keras.Model:
 def _round_worth(neuron: SpikingNeuron) -> None:
     """Gives a neuron layer a threshold of which a spike's worth has few bits."""
     scale = np.float32(neuron.scale)
-    worth = float(np.float32(neuron.threshold) * scale)
-    mantissa, exponent = math.frexp(worth)
-    wanted = np.float32(math.ldexp(round(mantissa * 2**_WORTH_BITS), exponent - _WORTH_BITS))
-    candidates = [np.float32(wanted / scale)]
-    for toward in (0.0, math.inf):
-        candidates.append(np.nextafter(candidates[0], np.float32(toward)))
-    neuron.threshold.assign(next((each for each in candidates if each * scale == wanted), candidates[0]))
+    mantissa, exponent = math.frexp(np.float32(neuron.threshold) * scale)
+    nearest = round(mantissa * 2**_WORTH_BITS)
+    # Not every number is a threshold's product with the scale, as it is rounded; one of the nearest is.
+    for whole in sorted(range(nearest - 8, nearest + 9), key=lambda number: abs(number - nearest)):
+        wanted = np.float32(math.ldexp(whole, exponent - _WORTH_BITS))
+        first = np.float32(wanted / scale)
+        for each in (first, *(np.nextafter(first, np.float32(toward)) for toward in (0.0, math.inf))):
+            if each * scale == wanted:
+                neuron.threshold.assign(each)
+                return
+    raise ValueError(
+        f"A spike of {neuron.name!r}, V_th / dt, cannot be worth a number of {_WORTH_BITS} bits near "
+        f"{mantissa * 2.0**exponent}: its scale is {neuron.scale}. Use a dt such as 0.05."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,7 +353,7 @@ class _Exact:
     """Numbers on a grid: what can be said of a tensor of them, whatever the input.
 
     Args:
-        shape: (batch, ...), without a time axis in a stream.
+        shape: As Keras has it: (batch, time, ...) in a stream.
         exponent: All are whole multiples of 2^exponent: a scalar, or one for each channel (the last axis).
         bound: Largest absolute value, of as many.
         sources: Kernels that these are sums of.
@@ -377,7 +418,7 @@ class _Settling:
         largest = outputs(kernel, bias)
         exponent = np.ceil(np.log2(np.maximum(largest, 1e-300))).astype(int) - BITS
         exponent = np.where(largest > 0, exponent, _OF_ZERO)
-        exponent = np.maximum(exponent, self._least.get(key, -_OF_ZERO))
+        exponent = np.maximum(exponent, self._least.get(key, _SMALLEST + max(0, int(inputs))))
         shape = kernel.shape[-2:] if isinstance(layer, _DEPTHWISE) else kernel.shape[-1:]
         while True:
             rounded = _rounded(kernel, (exponent - inputs).reshape(shape))
@@ -397,6 +438,9 @@ class _Settling:
         constant = beta - gamma * mean
         live = np.abs(gamma) * x.bound > 2.0**-BITS * np.abs(constant)
         mean = np.where(live, -constant / np.where(live, gamma, 1), 0)
+        if not x.sources:  # whose grid can be made no coarser
+            live &= x.bound + np.abs(mean) < np.ldexp(1.0, BITS + x.exponent)
+            mean = np.where(live, mean, 0)
         room = np.ceil(np.log2(np.maximum(x.bound + np.abs(mean), 1e-300))).astype(int) - BITS
         # One bit more, for what rounding up adds.
         layer.set_weights([np.where(live, gamma, 0), _rounded(mean, room + 1), np.where(live, 0, constant)])
@@ -425,7 +469,8 @@ class _Settling:
             largest = np.abs(before).max(axis=0)
             off = np.abs(_of_channels(layer) - before).max(axis=0)
             # It hardly matters beside far larger numbers: another kernel's, or a mean where gamma is next to 0.
-            matters = off * len(before) * self._inputs[key] > self._totals[key] / 2**8
+            sums = off * len(before) * self._inputs[key]
+            matters = (sums > self._totals[key] / 2**8) & (sums > 2.0 ** (_SMALLEST + BITS))
             if ((off > largest / (2 * _LEAST_STEPS)) & matters).any():
                 raise ValueError(
                     f"The sums of model {model.name!r} cannot be exact: those of layer {name!r} leave its largest "
@@ -459,13 +504,13 @@ class _Walk:
 
     def _replace(self, name: str, layer: Any) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            inputs = args[0] if args else None
+            inputs = args[0] if args else kwargs.get("inputs")
             stream = isinstance(inputs, (list, tuple))
             if type(layer) is Add and stream:
                 return [self._sum(name, layer, [each[0] for each in inputs]), _ANSWER]
             first = inputs[0] if stream else inputs
             if isinstance(layer, SpikingNeuron):
-                found = self._spikes(name, layer, first)
+                found = self._spikes(name, layer, first, stream)
                 return [found, _ANSWER] if stream or layer.timesteps is not None else found
             if type(layer) is SpikeRep or any(x is _ANSWER for x in (first, *args, *kwargs.values())):
                 return _ANSWER
@@ -474,7 +519,7 @@ class _Walk:
             if type(layer) is ToStream:
                 return [self._streamed(name, layer, first), _ANSWER]
             if type(layer) is Synapse:
-                return [self._affine(name, layer.layer, first), _ANSWER]
+                return [self._each_step(name, layer.layer, first), _ANSWER]
             found = self._apply(name, layer, first)
             return [found, _ANSWER] if stream else found
 
@@ -508,16 +553,17 @@ class _Walk:
         self._steps(name, layer)
         if not isinstance(x, (_Exact, _Rounded)):
             raise self._off_grid(name, layer, x)
-        return dataclasses.replace(x, shape=(x.shape[0], *x.shape[2:]))
+        return x
 
-    def _spikes(self, name: str, neuron: SpikingNeuron, x: Any) -> _Exact:
+    def _spikes(self, name: str, neuron: SpikingNeuron, x: Any, stream: bool) -> _Exact:
         self._steps(name, neuron)
         if x is _ANSWER:
             raise self._refuse(name, neuron, "takes what spikes stand for, which is rounded; give it the spikes")
         if not isinstance(x, (_Exact, _Rounded)):
             raise self._off_grid(name, neuron, x)
         worth = np.float32(neuron.threshold) * np.float32(neuron.scale)
-        return _Exact(x.shape, _exponents(np.reshape(worth, (1, 1)))[0], np.array(float(worth)))
+        shape = x.shape if stream or neuron.timesteps is None else (x.shape[0], neuron.timesteps, *x.shape[1:])
+        return _Exact(shape, _exponents(np.reshape(worth, (1, 1)))[0], np.array(float(worth)))
 
     def _sum(self, name: str, layer: Add, parts: list[Any]) -> _Exact:
         for each in parts:
@@ -527,6 +573,14 @@ class _Walk:
         bound = sum(each.bound for each in parts)
         sources = frozenset().union(*(each.sources for each in parts))
         return self._checked(name, _Exact(parts[0].shape, exponent, bound, sources))
+
+    def _each_step(self, name: str, layer: keras.layers.Layer, x: Any) -> Any:
+        """What a synapse does: its layer sees no time axis."""
+        if not isinstance(x, (_Exact, _Rounded)):
+            raise self._off_grid(name, layer, x)
+        batch, time, *features = x.shape
+        found = self._affine(name, layer, dataclasses.replace(x, shape=(batch, *features)))
+        return dataclasses.replace(found, shape=(batch, time, *found.shape[1:]))
 
     def _affine(self, name: str, layer: keras.layers.Layer, x: Any) -> Any:
         if isinstance(layer, keras.Sequential):
@@ -594,6 +648,9 @@ class _Walk:
         return self._checked(name, _Exact(shape, x.exponent - finer, x.bound, sources))
 
     def _scaled(self, name: str, layer: Scale, x: _Exact) -> _Rounded:
+        if id(layer) in self._seen:
+            raise self._refuse(name, layer, "is used twice; use a normalization of its own in each place")
+        self._seen.add(id(layer))
         if self.settling is not None:
             self.settling.scale(layer, x)
         gamma, mean, beta = _weights(layer)

@@ -12,13 +12,23 @@ from hypothesis.extra.numpy import arrays
 
 from keras_dsr import layers, models
 from keras_dsr.layers.neurons import neurons_of
+from keras_dsr.layers.quantized import quantize
 
 pytestmark = pytest.mark.tensorflow_only
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("tf2onnx")
 tf = pytest.importorskip("tensorflow")
-from keras_dsr.export import Grid, exact, exact_copy, export_onnx, export_saved_model, largest_sums, verify  # noqa: E402
+from keras_dsr.export import (  # noqa: E402
+    Grid,
+    Preprocessing,
+    exact,
+    exact_copy,
+    export_onnx,
+    export_saved_model,
+    largest_sums,
+    verify,
+)
 
 GRID = Grid(1 / 64, 8.0)
 KERNELS = (keras.layers.Dense, keras.layers.Conv2D)
@@ -242,23 +252,26 @@ def test_a_copy_of_a_copy_is_refused(copy_of):
 
 
 def test_kernels_of_few_bits_have_the_values_that_they_compute_with():
-    model = models.small_cnn((4,), layers.IFSpike(1.0), timesteps=2, weight_bits=4)
+    model = models.small_cnn((4, 6), layers.IFSpike(1.0), timesteps=2, weight_bits=4)
     copy = exact_copy(model, GRID)
-    assert type(copy.get_layer("conv1")) is keras.layers.Conv2D
-    kernel = numpy(copy.get_layer("conv1").kernel)
-    assert all(len(np.unique(kernel[..., channel])) <= 15 for channel in range(4))
-    q = np.round(kernel / np.abs(kernel).max(axis=(0, 1, 2)) * 7)
-    np.testing.assert_allclose(kernel, q * np.abs(kernel).max(axis=(0, 1, 2)) / 7, atol=1e-4)
+    few = [each for each in model._flatten_layers() if hasattr(each, "bits")]
+    mine = [each for each in copy._flatten_layers() if type(each) in KERNELS]
+    assert [each.name for each in few] == [each.name for each in mine] == ["conv1", "conv2", "head_dense"]
+    for quantized, layer in zip(few, mine, strict=True):
+        q, step = (numpy(each) for each in quantize(quantized.kernel, 4))
+        np.testing.assert_allclose(layer.kernel, q * step, atol=np.abs(step).max() / 64)
 
 
-@pytest.mark.parametrize(("dt", "threshold"), [(0.05, 0.3), (0.03, 0.123), (0.7, 2.9)])
+@pytest.mark.parametrize(
+    ("dt", "threshold"), [(0.05, 0.3), (0.03, 0.123), (0.7, 2.9), (0.3, 0.26), (0.7, 0.15), (0.03, 0.51)]
+)
 def test_spikes_are_worth_eight_bits(dt, threshold):
     neuron = layers.LIFSpike(threshold=threshold, dt=dt)
     keras.Sequential([keras.Input((3, 2)), neuron])
     exact._round_worth(neuron)
     worth = np.float32(neuron.threshold) * np.float32(neuron.scale)
     assert (worth * 2.0 ** -np.floor(np.log2(worth)) * 128) % 1 == 0
-    assert float(neuron.threshold) == pytest.approx(threshold, rel=1 / 256)
+    assert float(neuron.threshold) == pytest.approx(threshold, rel=3 / 256)
 
 
 def test_channels_that_are_dead_or_all_zero():
@@ -396,6 +409,69 @@ def test_networks_without_time_steps():
     refused(inputs, layers.SpikeRep()(x), r"\(ToStream\) makes a representation network")
 
 
+def test_values_of_a_stream_are_a_tensor_with_a_time_axis():
+    inputs = keras.Input((4,))
+    x = layers.IFSpike(timesteps=3)(inputs)
+    x = keras.layers.GlobalAveragePooling1D(name="over_time")(x.values)
+    x = layers.SpikeRep()(layers.IFSpike(timesteps=3)(keras.layers.Dense(2)(x)))
+    refused(inputs, x, r"layer 'over_time' \(GlobalAveragePooling1D\) averages over 3 places")
+
+
+def test_places_are_counted_behind_plain_tensors():
+    inputs = keras.Input((2, 4, 4, 3))
+    x = layers.IFSpike(name="plain")(layers.ToTensor()(layers.IFSpike()(layers.ToStream()(inputs))))
+    x = layers.Synapse(keras.layers.GlobalAveragePooling2D(name="pool"))(layers.ToStream()(x))
+    copy = exact_copy(keras.Model(inputs, layers.SpikeRep()(layers.IFSpike()(x))), GRID)
+    # A spike is worth 6, which is 3 times a power of two; its mean over 16 places has 4 bits more.
+    assert largest_sums(copy)["pool_synapse"] == pytest.approx(np.log2(3) + 4)
+
+
+def test_a_normalization_that_is_used_twice():
+    inputs = keras.Input((4,))
+    bn = layers.BatchNormalization(name="bn")
+    x = layers.IFSpike()(bn(layers.IFSpike(timesteps=2)(inputs)))
+    refused(inputs, layers.SpikeRep()(layers.IFSpike()(bn(x))), r"layer 'bn.*' \(Scale\) is used twice")
+
+
+def test_a_normalization_of_spikes_with_a_gamma_next_to_0():
+    inputs = keras.Input((4,))
+    bn = layers.BatchNormalization(name="bn")
+    x = layers.IFSpike()(bn(layers.IFSpike(timesteps=2, threshold=1.0)(inputs)))
+    model = keras.Model(inputs, layers.SpikeRep()(x))
+    bn.beta.assign(np.ones(4))
+    bn.gamma.assign([1e-7, 1e-8, 1.0, 1e-3])
+    gamma, _, beta = exact_copy(model, GRID).get_layer("bn").layer.get_weights()
+    assert gamma[1] == 0
+    assert beta.tolist() == [float(gamma[0] == 0), 1, 0, 0]
+
+
+def test_a_channel_of_hardly_any_weight():
+    inputs = keras.Input((4,))
+    dense = keras.layers.Dense(3, name="dense")
+    x = layers.SpikeRep()(layers.IFSpike(timesteps=2)(dense(inputs)))
+    model = keras.Model(inputs, x)
+    dense.kernel.assign(numpy(dense.kernel) * [1, 1e-36, 1e-3])
+    kernel = numpy(exact_copy(model, GRID).get_layer("dense").kernel)
+    assert np.abs(kernel[:, 1]).max() < 1e-35
+    for channel in (0, 2):
+        expected = numpy(dense.kernel)[:, channel]
+        np.testing.assert_allclose(kernel[:, channel], expected, atol=np.abs(expected).max() / 1000)
+
+
+def test_operations_of_keras():
+    inputs = keras.Input((4,))
+    x = layers.SpikeRep()(layers.IFSpike(timesteps=2)(keras.layers.Dense(3, name="dense")(inputs)))
+    assert list(largest_sums(exact_copy(keras.Model(inputs, keras.ops.softmax(2.0 * x)), GRID))) == ["dense"]
+    x = layers.SpikeRep()(layers.IFSpike(timesteps=2)(keras.ops.sin(inputs)))
+    refused(inputs, x, r"\(Sin\) is none whose sums are known")
+
+
+def test_a_model_with_a_loss_of_ones_own():
+    model = models.small_cnn((2,), timesteps=2)
+    model.compile(loss=lambda labels, logits: keras.ops.mean(logits))
+    assert not exact_copy(model, GRID).compiled
+
+
 def test_a_kernel_that_is_used_twice():
     inputs = keras.Input((4,))
     dense = layers.Synapse(keras.layers.Dense(4, name="dense"))
@@ -507,6 +583,20 @@ def test_grids_of_inputs():
 def test_inputs_that_make_no_grid(x):
     with pytest.raises(ValueError, match="inputs that are finite and not all zero"):
         Grid.of(x)
+
+
+def test_bytes_end_at_the_same_step_however_std_is_divided_by():
+    # With these, a byte is halfway between two steps of 2^-13 of the limit.
+    preprocessing = Preprocessing((119.421,), (62.679,))
+    every = np.arange(256, dtype="uint8")[:, None]
+    divided = numpy(preprocessing(every))
+    multiplied = (every - np.float32(119.421)) * (np.float32(1) / np.float32(62.679))
+    found = Grid.of_bytes(preprocessing, 1)
+    naive = Grid(found.limit * 2.0**-13, found.limit)
+    steps = [[np.rint(x / grid.step) for x in (divided, multiplied)] for grid in (naive, found)]
+    assert not np.array_equal(*steps[0])
+    assert np.array_equal(*steps[1])
+    assert np.abs(divided).max() <= found.limit < 2 * np.abs(divided).max()
 
 
 @pytest.mark.parametrize("bits", [0, 21, 3.0, True])
