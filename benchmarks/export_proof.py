@@ -180,9 +180,8 @@ def main() -> None:
         results["networks"][name] = {**dataclasses.asdict(report), **same}
         print(f"{name}: {'passed' if report.passed else 'FAILED'} in {time.perf_counter() - started:.0f} s", flush=True)
         text = table(results, reports)
-        write(
-            "export_proof_exact" if options.exact else "export_proof", results, text
-        )  # after each, since they take minutes
+        # After each, since they take minutes.
+        write("export_proof_exact" if options.exact else "export_proof", results, text)
     print(text)
 
 

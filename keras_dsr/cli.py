@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--exact",
         action="store_true",
-        help="round weights so that each spike is the same in all runtimes; no flip is allowed then",
+        help="round weights so that ONNX Runtime fires each spike as Keras does; no flip is allowed then",
     )
     verify = commands.add_parser(
         "verify",

@@ -228,8 +228,8 @@ def deploy(
         onnx: Forms of ONNX files to write: "unrolled", "loop", "step"; none for no file.
         fold_thresholds: As in `keras_dsr.export.export_onnx`.
         weight_bits: As in `keras_dsr.export.export_onnx`; such files have it in their names.
-        exact: Whether `keras_dsr.export.exact_copy` of the network is exported in its place, on the grid of the
-            examples. Then not one spike may be flipped, whatever `flip_budget` says.
+        exact: Whether `keras_dsr.export.exact_copy` of the network is exported in its place, on a grid for
+            all bytes, or for inputs like the examples. Then not one spike may be flipped, whatever `flip_budget` says.
         flip_budget: As in `keras_dsr.export.verify`.
 
     Returns:
@@ -291,9 +291,12 @@ def _exact(given: Source) -> Source:
             f"An exact network is made for real inputs, and the data set of {given.name} is not at hand. Say where it "
             "is: data_dir=... in Python, --data-dir on the command line."
         )
-    grid = _grid(given)
-    model = export.exact_copy(given.model, grid)
     prepared = given.examples if given.preprocessing is None else np.asarray(given.preprocessing(given.examples))
+    if given.preprocessing is not None and given.preprocessing.dtype == "uint8":
+        grid = export.Grid.of_bytes(given.preprocessing, prepared.shape[-1])
+    else:
+        grid = export.Grid.of(prepared)
+    model = export.exact_copy(given.model, grid)
     answers = [np.argmax(each.predict(prepared, batch_size=32, verbose=0), axis=-1) for each in (given.model, model)]
     exact = {
         "input_step": grid.step,
@@ -307,15 +310,6 @@ def _exact(given: Source) -> Source:
     about = {key: value for key, value in given.about.items() if key not in _OF_TRAINED}
     trained = {key: given.about[key] for key in _OF_TRAINED if key in given.about}
     return dataclasses.replace(given, model=model, about={**about, "trained": trained, _EXACT: exact})
-
-
-def _grid(given: Source) -> export.Grid:
-    """The grid of a network's input."""
-    if given.preprocessing is None:
-        return export.Grid.of(given.examples)
-    if given.preprocessing.dtype == "uint8":
-        return export.Grid.of_bytes(given.preprocessing, given.examples.shape[-1])
-    return export.Grid.of(np.asarray(given.preprocessing(given.examples)))
 
 
 def _sha256(model: keras.Model) -> str:

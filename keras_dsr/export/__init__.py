@@ -10,7 +10,7 @@
 - `keras_dsr.export.runtimes`: `OnnxRuntime` and `OpenVino`
 - `keras_dsr.export.tensors`: what signatures and files say of their inputs
 - `keras_dsr.export.onnx`: `export_onnx`, ONNX files in three forms
-- `keras_dsr.export.exact`: `exact_copy`, networks whose spikes are the same in every runtime by construction
+- `keras_dsr.export.exact`: `exact_copy`, networks whose sums are exact, in whatever order
 - `keras_dsr.export.folding`, `keras_dsr.export.weights`, `keras_dsr.export.passes`: what makes them fast and small
 
 Export runs on TensorFlow. Packages that it needs beside are installed by `pip install 'keras-dsr[export]'`; OpenVINO,

@@ -1,4 +1,4 @@
-"""Networks that compute the very same in every runtime, because none of their sums is ever rounded.
+"""Networks that compute the same in TensorFlow and ONNX Runtime, because none of their sums is ever rounded.
 
 Float32 has 24 bits. Runtimes add up a convolution's products in orders of their own, and round after each addition; a
 potential that ends next to its threshold then falls to the other side, and that one spike sets off others. Where all
@@ -8,7 +8,7 @@ nothing is rounded, whatever the order. `exact_copy` brings a trained network to
 - the input is rounded to a grid (`keras_dsr.layers.FixedPoint`);
 - a spike is worth a number of 8 bits;
 - kernels and biases are rounded, for each output channel to the finest grid whose largest possible sum, all inputs at
-  their most, has 24 bits. That leaves far more than 8 bits a weight, except where thousands of inputs meet;
+  their most, has 24 bits, so that the more inputs meet, the fewer bits a weight has;
 - normalization becomes gamma (x - mean), with the mean on a grid and beta folded into it (`keras_dsr.layers.Scale`).
 
 What is left are operations on single numbers, each rounded as IEEE 754 says, in an order that is the same everywhere:
@@ -140,7 +140,7 @@ class Grid:
 
 
 def exact_copy(model: keras.Model, grid: Grid) -> keras.Model:
-    """The same network with weights rounded such that it computes the same, to the spike, in every runtime.
+    """The same network with weights rounded such that TensorFlow and ONNX Runtime compute the same, to the spike.
 
     Its spikes are not those of the model itself, whose weights it has to the bits that are left: evaluate it, as any
     Keras model, to see what rounding costs, and export it with a `flip_budget` of 0.
