@@ -75,6 +75,17 @@ def restore(path: Path, model: keras.Model) -> None:
         variable.assign(arrays[name])
 
 
+def copy(model: keras.Model, other: keras.Model) -> None:
+    """Gives a model and its optimizer the values of another.
+
+    Args:
+        model: A built and compiled model.
+        other: A built and compiled model of the same kind, which may compute in another precision.
+    """
+    for theirs, own in zip(_variables(model).values(), _variables(other).values(), strict=True):
+        own.assign(theirs)
+
+
 def _read(path: Path) -> dict[str, np.ndarray]:
     """All arrays of a checkpoint; a ValueError if the file is none, or is damaged anywhere."""
     try:

@@ -26,6 +26,7 @@ from keras_dsr.models.common import NEURONS
 NETWORKS = ("preact_resnet", "vgg", "small_cnn")
 OPTIMIZERS = ("sgd", "adam")
 SELECTIONS = ("best", "last")
+PRECISIONS = ("float32", "mixed_bfloat16")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,9 @@ class Recipe:
         tau: Membrane time constant of LIF neurons, in the unit of `dt`.
         dt: Length of a time step of LIF neurons.
         weight_bits: Bits of a weight; `None` for floats.
+        precision: What training computes in: "float32", or "mixed_bfloat16", which is faster where the processor has
+            bfloat16 (weights, membrane potentials and statistics stay float32). The trained network is float32 either
+            way.
         dropout: Rate of the dropout ahead of the dense layer.
         epochs: Passes over the training part, with spikes.
         batch_size: Examples in a batch.
@@ -101,6 +105,7 @@ class Recipe:
     tau: float = 1.0
     dt: float = 0.05
     weight_bits: int | None = None
+    precision: str = "float32"
     dropout: float = 0.0
     epochs: int = 200
     batch_size: int = 128
@@ -167,6 +172,7 @@ class Recipe:
             ("optimizer", OPTIMIZERS),
             ("hybrid_optimizer", OPTIMIZERS),
             ("selection", SELECTIONS),
+            ("precision", PRECISIONS),
         ):
             if getattr(self, field) not in choices:
                 raise ValueError(f"{field} is one of {choices}. Received {field}={getattr(self, field)!r}.")

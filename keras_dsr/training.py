@@ -7,12 +7,14 @@ epoch a checkpoint holds all that the training needs to go on. What is in the fo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import re
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +245,8 @@ def _calibrated(model: keras.Model, recipe: Recipe, plan: _Plan, loaded: DataSet
         models.calibrate_thresholds(model, examples.as_numpy_iterator(), recipe.hybrid_percentile)
     if not plan.timesteps:
         return model.get_weights()
-    spiking = recipe.build(loaded.classes, loaded.input_shape)
+    with _dtype_policy(recipe.precision):
+        spiking = recipe.build(loaded.classes, loaded.input_shape)
     spiking.set_weights(model.get_weights())
     models.calibrate_normalization(spiking, examples.as_numpy_iterator())
     return spiking.get_weights()
@@ -275,9 +278,11 @@ def _run_stage(
     """
     # Each stage draws its own numbers, whether or not this process ran the one before.
     keras.utils.set_random_seed(recipe.seed + 7919 * plan.number)
-    model = recipe.build(loaded.classes, loaded.input_shape, plan.timesteps, plan.representation_steps)
+    with _dtype_policy(recipe.precision):
+        model = recipe.build(loaded.classes, loaded.input_shape, plan.timesteps, plan.representation_steps)
     steps = loaded.steps(recipe.batch_size)
-    worth = plan.timesteps == 0 and steps * plan.epochs >= _STEPS_WORTH_COMPILING
+    # In bfloat16 it is slower with XLA than without.
+    worth = plan.timesteps == 0 and recipe.precision == "float32" and steps * plan.epochs >= _STEPS_WORTH_COMPILING
     compile_model(
         model,
         recipe,
@@ -335,6 +340,17 @@ def _run_stage(
     return model
 
 
+@contextlib.contextmanager
+def _dtype_policy(name: str) -> Iterator[None]:
+    """What layers made in the block compute in."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
 def _check_tensorboard() -> None:
     try:
         import tensorboard  # noqa: F401 - the callback fails late and unclearly without it
@@ -353,6 +369,12 @@ def _accuracy(model: keras.Model, loaded: DataSet, part: Part) -> float | None:
 
 
 def _finish(recipe: Recipe, folder: Path, loaded: DataSet, state: dict[str, Any], model: keras.Model) -> Summary:
+    if recipe.precision != "float32":
+        trained = model
+        with _dtype_policy("float32"):
+            model = recipe.build(loaded.classes, loaded.input_shape)
+        compile_model(model, recipe, loaded.steps(recipe.batch_size) * recipe.epochs)
+        checkpoints.copy(trained, model)
     with replacing(folder / "model.keras") as beside:
         model.save(beside)
     rows = state["rows"]

@@ -81,6 +81,16 @@ def test_a_fresh_model_gets_every_value_back_and_trains_on_alike(make, tmp_path)
         np.testing.assert_array_equal(all_values(other)[name], value, err_msg=name)
 
 
+def test_a_model_of_another_precision_gets_every_value():
+    model = network()
+    fit(model)
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    other = network()
+    checkpoints.copy(model, other)
+    for name, value in all_values(model).items():
+        np.testing.assert_array_equal(all_values(other)[name], value, err_msg=name)
+
+
 def test_a_model_that_never_trained_can_be_saved_and_restored(tmp_path, written):
     path, model = written
     fresh = network()

@@ -343,6 +343,7 @@ def test_words_become_settings():
         ({"neuron": "relu"}, "Received neuron='relu'"),
         ({"optimizer": "rmsprop"}, "Received optimizer='rmsprop'"),
         ({"hybrid_optimizer": "rmsprop"}, "Received hybrid_optimizer='rmsprop'"),
+        ({"precision": "float16"}, "precision is one of .*'mixed_bfloat16'.*Received precision='float16'"),
         ({"selection": "first"}, "selection is one of .*Received selection='first'"),
         ({"optimizer": "adam", "weight_decay": 0.1}, "Received optimizer='adam', weight_decay=0.1; set it to 0"),
         (

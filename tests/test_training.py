@@ -11,6 +11,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+from helpers import numpy
 
 import keras_dsr
 from keras_dsr import checkpoints, cli, layers, models, recipes, runs, training
@@ -374,6 +375,35 @@ def test_calibration_may_be_all_that_there_is_of_the_second_stage(tmp_path, quic
     assert summary.epoch == 0
     assert summary.seconds_saved is None
     assert summary.timesteps == 2
+
+
+@TENSORFLOW_ONLY
+def test_training_in_bfloat16_gives_a_float32_network(tmp_path, monkeypatch, quick):
+    """Every stage trains in bfloat16, what is kept and measured is float32, and the process is left as it was."""
+    trained = []
+    fit = keras.Model.fit
+
+    def spy(self, *arguments, **named):
+        trained.append({layer.compute_dtype for layer in self.layers if layer.weights})
+        return fit(self, *arguments, **named)
+
+    monkeypatch.setattr(keras.Model, "fit", spy)
+    recipe = dataclasses.replace(TINY, precision="mixed_bfloat16", hybrid_quantized_epochs=1)
+    summary = training.train(recipe, tmp_path, verbose=0)
+    assert trained == [{"bfloat16"}] * 3
+    assert keras.config.dtype_policy().name == "float32"
+
+    model = keras.models.load_model(tmp_path / "model.keras")
+    assert {layer.compute_dtype for layer in model.layers} == {"float32"}
+    with np.load(tmp_path / "best.npz") as best:
+        kept = [best[name] for name in best.files if name.startswith("model/") and "seed" not in name]
+    for received, expected in zip(model.get_weights(), kept, strict=True):
+        np.testing.assert_array_equal(received, expected)
+    assert int(numpy(model.optimizer.iterations)) == 2 * summary.epoch  # and it can train on
+    data = images.digits()
+    x = np.concatenate([np.asarray(x) for x, _ in data.batches(data.test, 360)])
+    logits = model.predict(x, verbose=0)
+    assert summary.test_accuracy == pytest.approx(np.mean(logits.argmax(-1) == data.test.labels))
 
 
 @TENSORFLOW_ONLY
