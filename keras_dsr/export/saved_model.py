@@ -172,17 +172,18 @@ def _save(network: Network, names: Sequence[str], folder: Path) -> None:
 def _warm_up_requests(
     network: Network, signatures: Sequence[str], examples: np.ndarray
 ) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """Each signature with one example, as most requests are, and with a few."""
-    for batch in {1: examples[:1], len(examples): examples}.values():
-        for name in signatures:
-            if name == "initial_state":
-                yield name, {"stream": np.arange(len(batch), dtype="int64")}
-            elif name == "step":
-                inputs = batch[:, 0] if network.takes_frames else batch
-                state = {key: np.zeros((len(batch), *shape), dtype) for key, (shape, dtype) in network.state.items()}
-                yield name, {network.step_input_name: inputs, **state}
-            else:
-                yield name, {network.input_name: batch}
+    """Each signature with one example, as most requests are, and the one that answers with a few too."""
+    one = examples[:1]
+    for name in signatures:
+        if name == "initial_state":
+            yield name, {"stream": np.zeros(1, "int64")}
+        elif name == "step":
+            state = {key: np.zeros((1, *shape), dtype) for key, (shape, dtype) in network.state.items()}
+            yield name, {network.step_input_name: one[:, 0] if network.takes_frames else one, **state}
+        else:
+            yield name, {network.input_name: one}
+    if len(examples) > 1:
+        yield "serving_default", {network.input_name: examples}
 
 
 def _synchronize(folder: Path) -> None:
