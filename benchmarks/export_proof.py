@@ -2,7 +2,7 @@
 
     python benchmarks/export_proof.py --images DATA --events DATA
     python benchmarks/export_proof.py --network digits --examples 64
-    python benchmarks/export_proof.py --exact --images DATA --events DATA
+    python benchmarks/export_proof.py --arithmetic exact --images DATA --events DATA
 
 Each network is exported as a SavedModel and as ONNX in its three forms, and `keras_dsr.export.verify` compares all of
 them with Keras on the same inputs: those of the test part, and of the training part where that has too few.
@@ -11,7 +11,8 @@ The digits' network is trained whole, and presets are as they ship. PreAct-ResNe
 they fire on what they see (`--updates` updates of the representation network, then calibrated thresholds): the proof
 asks that numbers are equal, not that they are good.
 
-With `--exact` it is `keras_dsr.export.exact_copy` of each that is exported, and not one spike may be flipped.
+With `--arithmetic` exact or integer it is `keras_dsr.export.exact_copy` or `integer_copy` of each that is exported,
+and not one spike may be flipped.
 """
 
 from __future__ import annotations
@@ -89,13 +90,13 @@ def network(case: Case, folders: dict[str, Path | None], count: int, updates: in
     return model, preprocessing, x.astype("uint8" if images else "float32")
 
 
-def exactly(model: Any, preprocessing: Any, x: np.ndarray) -> tuple[Any, float]:
-    """The copy of a model whose sums are exact, and the part of the inputs to which it gives the same class."""
-    from keras_dsr.export import Grid, exact_copy
+def copied(arithmetic: str, model: Any, preprocessing: Any, x: np.ndarray) -> tuple[Any, float]:
+    """A copy that no runtime rounds otherwise, and the part of the inputs to which both give the same class."""
+    from keras_dsr.export import Grid, exact_copy, integer_copy
 
     prepared = x if preprocessing is None else np.asarray(preprocessing(x))
     grid = Grid.of(x) if preprocessing is None else Grid.of_bytes(preprocessing, x.shape[-1])
-    copy = exact_copy(model, grid)
+    copy = (exact_copy if arithmetic == "exact" else integer_copy)(model, grid)
     answers = [each.predict(prepared, batch_size=8, verbose=0).argmax(-1) for each in (model, copy)]
     return copy, float(np.mean(answers[0] == answers[1]))
 
@@ -146,7 +147,7 @@ def table(results: dict[str, Any], reports: dict[str, Any]) -> str:
     lines += ["", f"Neuron layers that never fired: {silent or 'none'}."]
     same = [f"{name} {each['same_class']:.1%}" for name, each in results["networks"].items() if "same_class" in each]
     if same:
-        lines += ["", f"Inputs to which the exact copy gives the class that its network gives: {', '.join(same)}."]
+        lines += ["", f"Inputs to which the copy gives the class that its network gives: {', '.join(same)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -158,13 +159,14 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8, help="larger ones take many GB for ResNet-18")
     parser.add_argument("--updates", type=int, default=20)
-    parser.add_argument("--exact", action="store_true", help="of copies whose sums are exact")
+    parser.add_argument("--arithmetic", choices=("float", "exact", "integer"), default="float")
     options = parser.parse_args()
 
+    copy = options.arithmetic != "float"
     results: dict[str, Any] = {
         "machine": machine(),
         "command": f"python benchmarks/export_proof.py --network {' '.join(options.network)} "
-        f"--examples {options.examples}{' --exact' if options.exact else ''}",
+        f"--examples {options.examples}{f' --arithmetic {options.arithmetic}' if copy else ''}",
         "networks": {},
     }
     reports: dict[str, Any] = {}
@@ -173,15 +175,15 @@ def main() -> None:
         started = time.perf_counter()
         model, preprocessing, x = network(CASES[name], folders, options.examples, options.updates)
         same = {}
-        if options.exact:
-            model, same["same_class"] = exactly(model, preprocessing, x)
-        report = prove(model, preprocessing, x, options.batch_size, 0.0 if options.exact else 1e-6)
+        if copy:
+            model, same["same_class"] = copied(options.arithmetic, model, preprocessing, x)
+        report = prove(model, preprocessing, x, options.batch_size, 0.0 if copy else 1e-6)
         reports[name] = report
         results["networks"][name] = {**dataclasses.asdict(report), **same}
         print(f"{name}: {'passed' if report.passed else 'FAILED'} in {time.perf_counter() - started:.0f} s", flush=True)
         text = table(results, reports)
         # After each, since they take minutes.
-        write("export_proof_exact" if options.exact else "export_proof", results, text)
+        write(f"export_proof_{options.arithmetic}" if copy else "export_proof", results, text)
     print(text)
 
 

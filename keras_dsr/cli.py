@@ -91,9 +91,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--fold-thresholds", action="store_true", help="ONNX whose spikes are 0 and 1")
     export.add_argument("--weight-bits", type=int, choices=(8, 4), help="ONNX whose weights are whole numbers")
     export.add_argument(
-        "--exact",
-        action="store_true",
-        help="round weights so that ONNX Runtime fires each spike as Keras does; no flip is allowed then",
+        "--arithmetic",
+        choices=deployment.ARITHMETICS,
+        default="float",
+        help="exact: rounded so that ONNX Runtime fires each spike as Keras does; integer: so, and with convolutions "
+        "of 8-bit weights, which are faster; no flip is allowed then (default: float)",
     )
     verify = commands.add_parser(
         "verify",
@@ -272,7 +274,7 @@ def _export(options: argparse.Namespace) -> None:
         onnx=options.onnx,
         fold_thresholds=options.fold_thresholds,
         weight_bits=options.weight_bits,
-        exact=options.exact,
+        arithmetic=options.arithmetic,
         flip_budget=options.flip_budget,
     )
 

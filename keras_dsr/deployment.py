@@ -22,13 +22,16 @@ import numpy as np
 import keras_dsr
 from keras_dsr import export, runs, training
 from keras_dsr.data.parts import DataSet
-from keras_dsr.export import Network, Preprocessing, Report, saved_model, tf_serving
+from keras_dsr.export import Grid, Network, Preprocessing, Report, saved_model, tf_serving
 from keras_dsr.export import card as cards
 from keras_dsr.files import workspace
 from keras_dsr.models import presets
 from keras_dsr.recipes import Recipe
 
-_EXACT = "exact"  # on the card, of a network whose sums are exact
+ARITHMETICS = ("float", "exact", "integer")
+"""In what a network can be exported: as it was trained, or as a copy that no runtime rounds otherwise."""
+
+_COPY = "arithmetic"  # on the card of such a copy
 _OF_TRAINED = ("test_accuracy", "test_examples", "validation_accuracy", "firing_rates", "preset")
 _PACKAGES = ("onnx", "onnxruntime", "tensorflow_serving", "tf2onnx")
 
@@ -216,7 +219,7 @@ def deploy(
     onnx: Sequence[str] = ("unrolled",),
     fold_thresholds: bool = False,
     weight_bits: int | None = None,
-    exact: bool = False,
+    arithmetic: str = "float",
     flip_budget: float = 1e-6,
 ) -> Exported:
     """Exports a network, proves that all that was exported does as the network does, and only then gives it its names.
@@ -228,8 +231,9 @@ def deploy(
         onnx: Forms of ONNX files to write: "unrolled", "loop", "step"; none for no file.
         fold_thresholds: As in `keras_dsr.export.export_onnx`.
         weight_bits: As in `keras_dsr.export.export_onnx`; such files have it in their names.
-        exact: Whether `keras_dsr.export.exact_copy` of the network is exported in its place, on a grid for
-            all bytes, or for inputs like the examples. Then not one spike may be flipped, whatever `flip_budget` says.
+        arithmetic: "float" for the network as it is; "exact" or "integer" for `keras_dsr.export.exact_copy` or
+            `keras_dsr.export.integer_copy` of it in its place, on a grid for all bytes, or for inputs like the
+            examples. Then not one spike may be flipped, whatever `flip_budget` says.
         flip_budget: As in `keras_dsr.export.verify`.
 
     Returns:
@@ -237,7 +241,7 @@ def deploy(
 
     Raises:
         keras_dsr.export.VerificationError: if something exported differs from the network. Nothing is kept.
-        ValueError: if the network cannot be exported, or not made exact.
+        ValueError: if the network cannot be exported, or there is no such copy of it.
         ImportError: if a package of the extra `export` is not installed.
     """
     if not onnx and (fold_thresholds or weight_bits is not None):
@@ -245,15 +249,17 @@ def deploy(
             "Folded thresholds and weights of few bits are for ONNX files, and none is to be written. Received "
             f"onnx=(), fold_thresholds={fold_thresholds}, weight_bits={weight_bits}; name a form, such as 'unrolled'."
         )
-    if exact and weight_bits is not None:
+    if arithmetic not in ARITHMETICS:
+        raise ValueError(f"arithmetic is one of {ARITHMETICS}. Received arithmetic={arithmetic!r}.")
+    if arithmetic != "float" and weight_bits is not None:
         raise ValueError(
-            "Exact networks have kernels of as many bits as their sums allow, and no fixed number of them. Received "
-            f"exact=True, weight_bits={weight_bits}; leave one out."
+            "Exact networks have kernels of as many bits as their sums allow, and those of whole numbers have 8. "
+            f"Received arithmetic={arithmetic!r}, weight_bits={weight_bits}; leave one out."
         )
     folder = base / given.name
     saved_model.check_base(folder)
-    if exact:
-        given, flip_budget = _exact(given), 0.0
+    if arithmetic != "float":
+        given, flip_budget = _copied(given, arithmetic), 0.0
     settings = {
         "preprocessing": given.preprocessing,
         "examples": given.examples,
@@ -284,21 +290,26 @@ def deploy(
     return Exported(version, files, placed.get("-request.json"), network.input_name, network.input_dtype)
 
 
-def _exact(given: Source) -> Source:
-    """The network with exact sums, in the place of the trained one."""
+def _copy(model: keras.Model, grid: Grid, arithmetic: str) -> keras.Model:
+    return {"exact": export.exact_copy, "integer": export.integer_copy}[arithmetic](model, grid)
+
+
+def _copied(given: Source, arithmetic: str) -> Source:
+    """The network with exact sums, or of whole numbers, in the place of the trained one."""
     if given.examples is None:
         raise ValueError(
-            f"An exact network is made for real inputs, and the data set of {given.name} is not at hand. Say where it "
-            "is: data_dir=... in Python, --data-dir on the command line."
+            f"Such a copy of a network is made for real inputs, and the data set of {given.name} is not at hand. Say "
+            "where it is: data_dir=... in Python, --data-dir on the command line."
         )
     prepared = given.examples if given.preprocessing is None else np.asarray(given.preprocessing(given.examples))
     if given.preprocessing is not None and given.preprocessing.dtype == "uint8":
-        grid = export.Grid.of_bytes(given.preprocessing, prepared.shape[-1])
+        grid = Grid.of_bytes(given.preprocessing, prepared.shape[-1])
     else:
-        grid = export.Grid.of(prepared)
-    model = export.exact_copy(given.model, grid)
+        grid = Grid.of(prepared)
+    model = _copy(given.model, grid, arithmetic)
     answers = [np.argmax(each.predict(prepared, batch_size=32, verbose=0), axis=-1) for each in (given.model, model)]
-    exact = {
+    copy = {
+        "kind": arithmetic,
         "input_step": grid.step,
         "input_limit": grid.limit,
         "largest_sum_bits": max(export.largest_sums(model).values()),
@@ -309,7 +320,7 @@ def _exact(given: Source) -> Source:
     # What was found of the trained network is not said of this one.
     about = {key: value for key, value in given.about.items() if key not in _OF_TRAINED}
     trained = {key: given.about[key] for key in _OF_TRAINED if key in given.about}
-    return dataclasses.replace(given, model=model, about={**about, "trained": trained, _EXACT: exact})
+    return dataclasses.replace(given, model=model, about={**about, "trained": trained, _COPY: copy})
 
 
 def _sha256(model: keras.Model) -> str:
@@ -321,23 +332,25 @@ def _sha256(model: keras.Model) -> str:
 
 
 def _as_exported(given: Source, version: Path) -> tuple[Source, bool]:
-    """The network that a version was exported of, and whether that is the exact copy, which its card says."""
+    """The network that a version was exported of, and whether that is a copy of it, which its card says."""
     path = version / cards.CARD
     if not path.is_file():
         return given, False
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
-        exact = written["about"].get(_EXACT)
-        if exact is None:
+        copy = written["about"].get(_COPY)
+        if copy is None:
             return given, False
-        grid = export.Grid(float(exact["input_step"]), float(exact["input_limit"]))
-        sha256, maker = exact["sha256"], written["versions"]["keras_dsr"]
+        grid = Grid(float(copy["input_step"]), float(copy["input_limit"]))
+        kind, sha256, maker = copy["kind"], copy["sha256"], written["versions"]["keras_dsr"]
+        if kind not in ARITHMETICS[1:]:
+            raise ValueError(f"arithmetic of kind {kind!r}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"The card {path} is damaged ({error!r}). Export the version again.") from error
-    model = export.exact_copy(given.model, grid)
+    model = _copy(given.model, grid, kind)
     if _sha256(model) != sha256:
         raise ValueError(
-            f"{version} was exported as the exact copy of another network, or by a keras_dsr that rounds otherwise "
+            f"{version} was exported as the {kind} copy of another network, or by a keras_dsr that rounds otherwise "
             f"({maker}; this is {keras_dsr.__version__}). Export it again."
         )
     return dataclasses.replace(given, model=model), True
@@ -350,21 +363,21 @@ def _suffix(form: str, weight_bits: int | None) -> str:
 
 
 def verify(given: Source, folder: Path, onnx: Sequence[Path] = (), *, flip_budget: float = 1e-6) -> Report:
-    """Compares a network with what was exported of it, again: with its exact copy, where that was exported.
+    """Compares a network with what was exported of it, again: with a copy of it, where that was exported.
 
     Args:
         given: The network, with examples.
         folder: The folder of a SavedModel's version; or of all versions, for the newest.
         onnx: ONNX files; if there are none, those beside the version that have its number.
-        flip_budget: As in `keras_dsr.export.verify`; of an exact copy no spike may be flipped.
+        flip_budget: As in `keras_dsr.export.verify`; of such a copy no spike may be flipped.
 
     Returns:
         What was found.
 
     Raises:
         FileNotFoundError: if there is no version in the folder.
-        ValueError: if there are no examples, the version's card is damaged, or the network's exact copy is not the one
-            that was exported.
+        ValueError: if there are no examples, the version's card is damaged, or the copy of the network is not the
+            one that was exported.
     """
     if given.examples is None:
         raise ValueError(
@@ -377,7 +390,7 @@ def verify(given: Source, folder: Path, onnx: Sequence[Path] = (), *, flip_budge
         if not versions:
             raise FileNotFoundError(f"There is no version of a SavedModel in {folder}: no folder named by a number.")
         folder = folder / str(versions[-1])
-    given, exact = _as_exported(given, folder)
+    given, copied = _as_exported(given, folder)
     named = re.compile(rf"{re.escape(folder.name)}(-loop|-step)?(-\d+bit)?")
     beside = sorted(path for path in folder.parent.glob("*.onnx") if named.fullmatch(path.stem))
     return export.verify(
@@ -386,5 +399,5 @@ def verify(given: Source, folder: Path, onnx: Sequence[Path] = (), *, flip_budge
         saved_model=folder,
         onnx=tuple(onnx) or beside,
         preprocessing=given.preprocessing,
-        flip_budget=0.0 if exact else flip_budget,
+        flip_budget=0.0 if copied else flip_budget,
     )

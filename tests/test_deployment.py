@@ -126,21 +126,24 @@ def test_nothing_is_published_before_all_is_proven(part, deployed, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_exact_network_is_exported_and_found_again(deployed, tmp_path):
+@pytest.mark.parametrize("arithmetic", ["exact", "integer"])
+def test_a_copy_that_no_runtime_rounds_otherwise_is_exported_and_found_again(arithmetic, deployed, tmp_path):
     given, *_ = deployed
-    exported = deployment.deploy(given, tmp_path, exact=True, flip_budget=1.0)
+    exported = deployment.deploy(given, tmp_path, arithmetic=arithmetic, flip_budget=1.0)
     about = json.loads((exported.saved_model / "assets.extra" / "card.json").read_text())["about"]
     assert about["data"] == "digits"
     assert about["trained"]["test_examples"] == 360
     assert "test_accuracy" not in about
-    exact = about["exact"]
+    exact = about["arithmetic"]
+    assert exact["kind"] == arithmetic
     largest = (255 - given.preprocessing.mean[0]) / given.preprocessing.std[0]
     assert largest <= exact["input_limit"] < 2 * largest
     assert exact["input_step"] == exact["input_limit"] / 8192
     assert 20 < exact["largest_sum_bits"] <= 24
     assert exact["examples"] == 16
     assert all(report.flip_budget == 0 and report.exportable for report in exported.reports)
-    copy = export.exact_copy(given.model, export.Grid(exact["input_step"], exact["input_limit"]))
+    make = {"exact": export.exact_copy, "integer": export.integer_copy}[arithmetic]
+    copy = make(given.model, export.Grid(exact["input_step"], exact["input_limit"]))
     x = np.asarray(given.preprocessing(given.examples))
     classes = [model.predict(x, verbose=0).argmax(-1) for model in (copy, given.model)]
     assert exact["same_class_as_trained"] == np.mean(classes[0] == classes[1]) > 0.5
@@ -162,12 +165,14 @@ def test_what_cannot_be_deployed_is_refused_at_once(deployed, tmp_path, monkeypa
         deployment.deploy(given, tmp_path, onnx=(), weight_bits=8)
     with pytest.raises(ValueError, match="for ONNX files, and none is to be written"):
         deployment.deploy(given, tmp_path, onnx=(), fold_thresholds=True)
-    with pytest.raises(ValueError, match="exact=True, weight_bits=8; leave one out"):
-        deployment.deploy(given, tmp_path, exact=True, weight_bits=8)
+    with pytest.raises(ValueError, match="arithmetic='exact', weight_bits=8; leave one out"):
+        deployment.deploy(given, tmp_path, arithmetic="exact", weight_bits=8)
     with pytest.raises(
         ValueError, match=r"made for real inputs, and the data set of digits is not at hand.*--data-dir"
     ):
-        deployment.deploy(dataclasses.replace(given, examples=None), tmp_path, exact=True)
+        deployment.deploy(dataclasses.replace(given, examples=None), tmp_path, arithmetic="integer")
+    with pytest.raises(ValueError, match=r"arithmetic is one of \('float', 'exact', 'integer'\).*Received .*'whole'"):
+        deployment.deploy(given, tmp_path, arithmetic="whole")
     with pytest.raises(ValueError, match="Received the name '7'"):
         deployment.deploy(dataclasses.replace(given, name="7"), tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -266,27 +271,34 @@ def test_the_command_line_exports_and_verifies(run, tmp_path, capsys):
 
 def test_exact_exports_that_cannot_be_compared_again(deployed, tmp_path):
     given, *_ = deployed
-    exported = deployment.deploy(given, tmp_path, exact=True, onnx=())
+    exported = deployment.deploy(given, tmp_path, arithmetic="exact", onnx=())
     path = exported.saved_model / "assets.extra" / "card.json"
     card = json.loads(path.read_text())
-    card["about"]["exact"]["sha256"] = "0" * 64
+    card["about"]["arithmetic"]["sha256"] = "0" * 64
     path.write_text(json.dumps(card))
     with pytest.raises(ValueError, match=r"exact copy of another network, or by a keras_dsr that rounds otherwise \("):
         deployment.verify(given, tmp_path / "digits")
-    other = {**card, "about": {"exact": {**card["about"]["exact"], "input_step": "fine"}}}
-    for damaged in ("{", "{}", "[]", json.dumps({**card, "about": {"exact": True}}), json.dumps(other)):
+    unknown = {**card, "about": {"arithmetic": {**card["about"]["arithmetic"], "kind": "whole"}}}
+    other = {**card, "about": {"arithmetic": {**card["about"]["arithmetic"], "input_step": "fine"}}}
+    for damaged in (
+        "{",
+        "{}",
+        "[]",
+        json.dumps({**card, "about": {"arithmetic": True}}),
+        *map(json.dumps, (other, unknown)),
+    ):
         path.write_text(damaged)
         with pytest.raises(ValueError, match=r"card\.json is damaged .*Export the version again"):
             deployment.verify(given, tmp_path / "digits")
 
 
 def test_the_command_line_exports_an_exact_network(run, tmp_path, capsys):
-    arguments = ["--to", str(tmp_path), "--onnx", "none", "--examples", "8", "--exact"]
+    arguments = ["--to", str(tmp_path), "--onnx", "none", "--examples", "8", "--arithmetic", "exact"]
     assert cli.main(["export", str(run), *arguments]) == 0
     assert export.report_of(tmp_path / "digits" / "1").flip_budget == 0
     assert cli.main(["verify", str(tmp_path / "digits"), str(run), "--examples", "8", "--flip-budget", "0"]) == 0
-    assert cli.main(["export", str(run), "--to", str(tmp_path), "--exact", "--weight-bits", "8"]) == 1
-    assert "exact=True, weight_bits=8" in capsys.readouterr().err
+    assert cli.main(["export", str(run), "--to", str(tmp_path), "--arithmetic", "exact", "--weight-bits", "8"]) == 1
+    assert "arithmetic='exact', weight_bits=8" in capsys.readouterr().err
 
 
 def test_the_command_line_says_no_to_an_export_that_differs(run, deployed, tmp_path, capsys):

@@ -11,6 +11,7 @@
 - `keras_dsr.export.tensors`: what signatures and files say of their inputs
 - `keras_dsr.export.onnx`: `export_onnx`, ONNX files in three forms
 - `keras_dsr.export.exact`: `exact_copy`, networks whose sums are exact, in whatever order
+- `keras_dsr.export.integer`: `integer_copy`, networks of whole numbers, with weights and currents of 8 bits
 - `keras_dsr.export.folding`, `keras_dsr.export.weights`, `keras_dsr.export.passes`: what makes them fast and small
 
 Export runs on TensorFlow. Packages that it needs beside are installed by `pip install 'keras-dsr[export]'`; OpenVINO,
@@ -20,6 +21,7 @@ which `verify` uses where it is installed, by `pip install 'keras-dsr[openvino]'
 from keras_dsr.export.c_api import Session
 from keras_dsr.export.exact import Grid, exact_copy, largest_sums
 from keras_dsr.export.functions import FORMS, SIGNATURES, Network, Preprocessing
+from keras_dsr.export.integer import integer_copy
 from keras_dsr.export.onnx import export_onnx
 from keras_dsr.export.report import Report, Row, VerificationError, report_of
 from keras_dsr.export.runtimes import OnnxRuntime, OpenVino
@@ -42,6 +44,7 @@ __all__ = [
     "exact_copy",
     "export_onnx",
     "export_saved_model",
+    "integer_copy",
     "largest_sums",
     "quantized_copy",
     "report_of",

@@ -38,7 +38,18 @@ from keras import layers
 from keras_dsr import graph
 from keras_dsr.export.functions import Preprocessing
 from keras_dsr.export.weights import with_stock_layers
-from keras_dsr.layers import Add, BatchNormalization, Dropout, FixedPoint, Scale, SpikeRep, Synapse, ToStream, ToTensor
+from keras_dsr.layers import (
+    Add,
+    BatchNormalization,
+    Dropout,
+    FixedPoint,
+    Requantize,
+    Scale,
+    SpikeRep,
+    Synapse,
+    ToStream,
+    ToTensor,
+)
 from keras_dsr.layers.neurons import SpikingNeuron, neurons_of
 
 BITS = 24
@@ -51,10 +62,10 @@ _OF_ZERO = 900  # zero is a whole multiple of everything
 
 _KERNELS = (layers.Dense, layers.Conv1D, layers.Conv2D, layers.Conv3D)
 _DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
-_POOLS = (layers.AveragePooling1D, layers.AveragePooling2D, layers.AveragePooling3D)
-_GLOBAL_POOLS = (layers.GlobalAveragePooling1D, layers.GlobalAveragePooling2D, layers.GlobalAveragePooling3D)
+POOLS = (layers.AveragePooling1D, layers.AveragePooling2D, layers.AveragePooling3D)
+GLOBAL_POOLS = (layers.GlobalAveragePooling1D, layers.GlobalAveragePooling2D, layers.GlobalAveragePooling3D)
 # Each number of the output is one of the input, or 0, and channels stay what they are.
-_MOVES = (
+MOVES = (
     layers.ZeroPadding1D,
     layers.ZeroPadding2D,
     layers.ZeroPadding3D,
@@ -66,7 +77,7 @@ _MOVES = (
     layers.UpSampling3D,
     layers.Identity,
 )
-_SHUFFLES = (layers.Flatten, layers.Reshape, layers.Permute)
+SHUFFLES = (layers.Flatten, layers.Reshape, layers.Permute)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +178,7 @@ def exact_copy(model: keras.Model, grid: Grid) -> keras.Model:
     >>> max(largest_sums(copy).values()) <= 24
     True
     """
-    _check(model)
+    check_model(model)
     copy = _on_grid(_without_normalization(model), grid)
     settling = _Settling()
     for neuron in neurons_of(copy):
@@ -201,7 +212,8 @@ def largest_sums(model: keras.Model) -> dict[str, float]:
     return walk.bits
 
 
-def _check(model: keras.Model) -> None:
+def check_model(model: keras.Model) -> None:
+    """Raises a ValueError unless a model has one input, a graph, finite weights, all in float32, and is no copy yet."""
     graph.functional(model)  # raises, if it is none
     _check_layers(model)
     if len(model.inputs) != 1:
@@ -213,7 +225,7 @@ def _check(model: keras.Model) -> None:
             "float32, and cast what it gets."
         )
     for layer in model._flatten_layers():
-        if isinstance(layer, (FixedPoint, Scale)):
+        if isinstance(layer, (FixedPoint, Requantize, Scale)):
             raise ValueError(
                 f"Model {model.name!r} is an exact copy already, or a part of one: it has the layer {layer.name!r} "
                 f"({type(layer).__name__}). Pass the model that it was made of."
@@ -255,7 +267,7 @@ def _without_normalization(model: keras.Model) -> keras.Model:
                 pairs.append((layer, new))
             return new
         if not layer.scale or layer.axis not in (-1, ranks[id(layer)] - 1):
-            raise _refusal(
+            raise refusal(
                 model,
                 layer.name,
                 layer,
@@ -479,10 +491,9 @@ class _Settling:
                 )
 
 
-def _refusal(model: keras.Model, name: str, layer: Any, why: str) -> ValueError:
-    return ValueError(
-        f"The sums of model {model.name!r} cannot be exact: layer {name!r} ({type(layer).__name__}) {why}."
-    )
+def refusal(model: keras.Model, name: str, layer: Any, why: str, what: str = "be exact") -> ValueError:
+    """That a layer keeps a model's sums from being what they should be."""
+    return ValueError(f"The sums of model {model.name!r} cannot {what}: layer {name!r} ({type(layer).__name__}) {why}.")
 
 
 class _Walk:
@@ -526,7 +537,7 @@ class _Walk:
         return call
 
     def _refuse(self, name: str, layer: Any, why: str) -> ValueError:
-        return _refusal(self.model, name, layer, why)
+        return refusal(self.model, name, layer, why)
 
     def _off_grid(self, name: str, layer: Any, x: Any) -> ValueError:
         if isinstance(x, _Input):
@@ -601,13 +612,15 @@ class _Walk:
             raise self._refuse(name, layer, "has channels first")
         if kind is Scale:
             return self._scaled(name, layer, x)
+        if kind is Requantize:
+            return self._requantized(name, layer, x)
         if kind in (*_KERNELS, *_DEPTHWISE):
             return self._multiplied(name, layer, x)
-        if kind in (*_POOLS, *_GLOBAL_POOLS):
+        if kind in (*POOLS, *GLOBAL_POOLS):
             return self._pooled(name, layer, x)
-        if kind in _MOVES and getattr(layer, "interpolation", "nearest") == "nearest":
+        if kind in MOVES and getattr(layer, "interpolation", "nearest") == "nearest":
             return dataclasses.replace(x, shape=tuple(layer.compute_output_shape(x.shape)))
-        if kind in _SHUFFLES:
+        if kind in SHUFFLES:
             return x.joined(layer.compute_output_shape(x.shape))
         raise self._refuse(name, layer, "is none whose sums are known")
 
@@ -632,7 +645,7 @@ class _Walk:
         return self._checked(name, _Exact(shape, exponent, bound, frozenset([_Source(id(layer))])))
 
     def _pooled(self, name: str, layer: Any, x: _Exact) -> _Exact:
-        sizes = x.shape[1:-1] if isinstance(layer, _GLOBAL_POOLS) else layer.pool_size
+        sizes = x.shape[1:-1] if isinstance(layer, GLOBAL_POOLS) else layer.pool_size
         if None in sizes:
             raise self._refuse(name, layer, "averages over a number of places that is not fixed; fix the input's size")
         places = math.prod(sizes)
@@ -659,6 +672,13 @@ class _Walk:
         exponent = np.minimum(x.exponent, _exponents(mean[None]))
         self._checked(name, _Exact(x.shape, exponent, x.bound + np.abs(mean), x.sources))
         return _Rounded(x.shape)
+
+    def _requantized(self, name: str, layer: Requantize, x: _Exact) -> _Exact:
+        _, bias = _weights(layer)
+        if x.sources:  # else each number is computed by itself
+            exponent = np.minimum(x.exponent, _exponents(bias[None]))
+            self._checked(name, _Exact(x.shape, exponent, x.bound + np.abs(bias), x.sources))
+        return _Exact(x.shape, np.array(math.frexp(layer.step)[1] - 1), np.array(-layer.limits[0] * layer.step))
 
     def _checked(self, name: str, found: _Exact) -> _Exact:
         """Notes the bits of a sum. Where they are too many, kernels are coarsened, or it raises."""

@@ -38,6 +38,7 @@ from keras_dsr.export.functions import FORMS, Network, Preprocessing
 from keras_dsr.export.passes import SPIKES
 from keras_dsr.export.report import METADATA, VerificationError
 from keras_dsr.export.weights import BITS, quantized_copy, store_as_integers
+from keras_dsr.export.whole_numbers import compute_in_integers
 from keras_dsr.files import synchronize, workspace
 
 OPSETS = range(15, 19)
@@ -54,6 +55,7 @@ def export_onnx(
     classifier: bool = True,
     fold_thresholds: bool = False,
     weight_bits: int | None = None,
+    integers: bool = True,
     examples: Any = None,
     about: Mapping[str, Any] | None = None,
     verify: bool = True,
@@ -77,6 +79,8 @@ def export_onnx(
         weight_bits: 8 or 4: kernels of Conv2D and Dense layers become whole numbers of so many bits, held in int8.
             Float kernels are rounded: the file then does as `quantized_copy(model, weight_bits)` does. `None` for
             floats.
+        integers: Whether convolutions of spikes are computed in whole numbers, by QLinearConv, where the network is one
+            of whole numbers (`keras_dsr.export.integer_copy`) and the form has no loop. Not one spike depends on it.
         examples: Inputs as clients send them (n, ...) to verify the file with; `None` for random ones. Real ones tell
             more, as neurons may not fire on noise.
         about: What only the caller knows, such as data, recipe and accuracy, as JSON has it; goes into the card.
@@ -121,7 +125,7 @@ def export_onnx(
     exact = model if weight_bits is None else quantized_copy(model, weight_bits)
     folded = FoldedNetwork(exact, preprocessing, classifier, loop=form == "loop", fold_thresholds=fold_thresholds)
     proto = _converted(folded, form, number, opset)
-    _tidy(proto, folded, form)
+    _tidy(proto, folded, form, integers)
     if weight_bits is not None:
         store_as_integers(proto, folded.kernels)
     _describe(proto, network, folded, form, number, weight_bits, about)
@@ -256,7 +260,7 @@ def _errors_of_converter() -> Iterator[list[str]]:
         logger.propagate = propagate
 
 
-def _tidy(proto: Any, network: FoldedNetwork, form: str) -> None:
+def _tidy(proto: Any, network: FoldedNetwork, form: str, integers: bool) -> None:
     """Outputs in their order, sizes by name, and nothing in the graph that the answer does not need."""
     graph = proto.graph
     answer = [*network.outputs, *(f"next_{name}" for name in (network.state if form == "step" else ()))]
@@ -268,6 +272,8 @@ def _tidy(proto: Any, network: FoldedNetwork, form: str) -> None:
     graph.output.extend(copies)
     passes.scan_neurons(proto)
     passes.sink_transposes(proto)
+    if integers:
+        compute_in_integers(proto)
     passes.set_aside(proto, network.neurons)
     for value in (*graph.input, *graph.output):
         sizes = value.type.tensor_type.shape.dim

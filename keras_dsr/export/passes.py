@@ -38,6 +38,7 @@ _ELEMENTWISE = {
     "Min",
     "Mul",
     "Relu",
+    "Round",
     "Sub",
 }
 
@@ -65,11 +66,11 @@ def set_aside(model: Any, layers: Sequence[str]) -> None:
     trace.node.extend(node for index, node in enumerate(graph.node) if index in aside)
     wanted = _inputs(trace.node)
     trace.initializer.extend(x for x in graph.initializer if x.name in wanted)
-    _replace(graph.output, kept)
-    _replace(graph.node, [node for index, node in enumerate(graph.node) if index in used])
-    _keep_used_initializers(graph)
+    replace(graph.output, kept)
+    replace(graph.node, [node for index, node in enumerate(graph.node) if index in used])
+    keep_used_initializers(graph)
     there = {x.name for x in graph.initializer}
-    _replace(trace.initializer, [x for x in trace.initializer if x.name not in there])
+    replace(trace.initializer, [x for x in trace.initializer if x.name not in there])
     model.metadata_props.add(key="keras_dsr.neurons", value=json.dumps(list(layers)))
     model.metadata_props.add(key=_TRACE, value=base64.b64encode(trace.SerializeToString()).decode("ascii"))
 
@@ -160,9 +161,9 @@ def scan_neurons(model: Any) -> None:
                 num_scan_inputs=len(sources),
             )
         )
-    _replace(graph.node, nodes)
-    _replace(graph.node, _alive(list(graph.node), [each.name for each in graph.output]))
-    _keep_used_initializers(graph)
+    replace(graph.node, nodes)
+    replace(graph.node, alive(list(graph.node), [each.name for each in graph.output]))
+    keep_used_initializers(graph)
 
 
 def _kinds(model: Any) -> dict[str, int]:
@@ -231,10 +232,10 @@ def sink_transposes(model: Any) -> None:
                 node.output[index] = moved
                 result.append(helper.make_node("Transpose", [moved], [name], name=f"sunk_{number}", perm=perm))
         nodes = result
-        _replace(graph.node, _alive(nodes, fixed))
+        replace(graph.node, alive(nodes, fixed))
         nodes = list(graph.node)
     del graph.value_info[:]
-    _keep_used_initializers(graph)
+    keep_used_initializers(graph)
 
 
 def _common_perm(
@@ -267,7 +268,8 @@ def _perm(node: Any) -> list[int]:
     return list(next(each.ints for each in node.attribute if each.name == "perm"))
 
 
-def _alive(nodes: Sequence[Any], outputs: Iterable[str]) -> list[Any]:
+def alive(nodes: Sequence[Any], outputs: Iterable[str]) -> list[Any]:
+    """Those nodes, in an order in which they can run, that the outputs need."""
     used = _needed(nodes, outputs)
     return [node for index, node in enumerate(nodes) if index in used]
 
@@ -305,12 +307,13 @@ def _captured(graph: Any) -> set[str]:
     return found
 
 
-def _keep_used_initializers(graph: Any) -> None:
+def keep_used_initializers(graph: Any) -> None:
+    """Removes the constants of a graph that nothing takes."""
     wanted = _inputs(graph.node) | {each.name for each in graph.output}
-    _replace(graph.initializer, [x for x in graph.initializer if x.name in wanted])
+    replace(graph.initializer, [x for x in graph.initializer if x.name in wanted])
 
 
-def _replace(repeated: Any, values: Sequence[Any]) -> None:
+def replace(repeated: Any, values: Sequence[Any]) -> None:
     """Other values in a repeated field, which may be some of its own."""
     copies = [type(value).FromString(value.SerializeToString()) for value in values]
     del repeated[:]

@@ -4,10 +4,11 @@
 - between them, on streams: `Synapse` (any affine Keras layer), `BatchNormalization`, `Add`, `Dropout`
 - weights of few bits: `QuantizedConv2D`, `QuantizedDense`, for a `Synapse` or on their own
 - in and out: `ToStream`, `ToTensor`, and the readout `SpikeRep`
-- in networks whose sums are exact (`keras_dsr.export.exact`): `FixedPoint`, `Scale`
+- in networks whose sums are exact (`keras_dsr.export.exact`, `keras_dsr.export.integer`): `FixedPoint`, `Scale`,
+  `Requantize`
 """
 
-from keras_dsr.layers.fixed_point import FixedPoint, Scale
+from keras_dsr.layers.fixed_point import FixedPoint, Requantize, Scale
 from keras_dsr.layers.merging import Add, Dropout
 from keras_dsr.layers.neurons import IFSpike, LIFSpike, SpikingNeuron
 from keras_dsr.layers.normalization import BatchNormalization
@@ -24,6 +25,7 @@ __all__ = [
     "LIFSpike",
     "QuantizedConv2D",
     "QuantizedDense",
+    "Requantize",
     "Scale",
     "SpikeRep",
     "SpikingNeuron",

@@ -1,4 +1,7 @@
-"""What networks of exact sums begin with, and have in the place of normalization: see `keras_dsr.export.exact`."""
+"""What networks of exact sums begin with, and have in the place of normalization.
+
+See `keras_dsr.export.exact` and `keras_dsr.export.integer`.
+"""
 
 from __future__ import annotations
 
@@ -115,3 +118,68 @@ class Scale(keras.layers.Layer):
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         return input_shape
+
+
+@keras.saving.register_keras_serializable(package="keras_dsr")
+class Requantize(keras.layers.Layer):
+    """Makes of sums of whole numbers whole numbers of few bits: round((x + bias) scale), channel by channel.
+
+    Forward: step clip(round((x + bias) scale), -2^(bits - 1), 2^(bits - 1) - 1), halves to the even number; with 8 bits
+    and a step of 1 what ONNX's QLinearConv does behind its sums. Backward: that of the clip. On a stream it stands in a
+    `Synapse(Requantize(), affine=True)`: it is affine but for what it rounds.
+
+    Args:
+        bits: Of the whole numbers, from 2 to 24.
+        step: What they are multiplied with: a power of two.
+        **kwargs: `name`, `dtype` and `trainable`, as every Keras layer has them.
+
+    Input shape:
+        (batch, ..., channels).
+
+    Output shape:
+        The same.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+
+    >>> import numpy as np
+    >>> requantize = Requantize()
+    >>> requantize.build((None, 2))
+    >>> requantize.set_weights([np.array([0.5, 0.25]), np.array([0.0, -2.0])])  # scale, bias
+    >>> np.asarray(requantize(np.array([[3.0, 9.0]], "float32"))).tolist()
+    [[2.0, 2.0]]
+    """
+
+    def __init__(self, bits: int = 8, step: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 24:
+            raise ValueError(f"bits is a whole number from 2 to 24. Received bits={bits!r}.")
+        if not (math.isfinite(step) and step > 0 and math.frexp(step)[0] == 0.5):
+            raise ValueError(f"step is a power of two, such as 0.25. Received step={step!r}.")
+        self.bits = bits
+        self.step = float(step)
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The least and the largest whole number."""
+        return -(2.0 ** (self.bits - 1)), 2.0 ** (self.bits - 1) - 1
+
+    def build(self, input_shape: Any) -> None:
+        shape = (input_shape[-1],)
+        self.scale = self.add_weight(name="scale", shape=shape, initializer="ones")
+        self.bias = self.add_weight(name="bias", shape=shape, initializer="zeros")
+
+    def call(self, inputs: Any) -> Any:
+        # A maximum that changes no finite number keeps converters from multiplying the scale into a kernel.
+        summed = ops.maximum(inputs + self.bias, float(np.finfo("float32").min))
+        clipped = ops.clip(summed * self.scale, *self.limits)
+        whole = backend.carry(ops.stop_gradient(ops.round(clipped)), clipped)
+        return whole if self.step == 1 else whole * self.step
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        return input_shape
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "bits": self.bits, "step": self.step}

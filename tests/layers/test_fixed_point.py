@@ -90,3 +90,60 @@ def test_scales_of_streams_are_saved(tmp_path):
     assert np.array_equal(
         keras.models.load_model(tmp_path / "model.keras").predict(x, verbose=0), model.predict(x, verbose=0)
     )
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(-5000, 5000), min_size=2, max_size=20), st.integers(2, 12), st.integers(-6, 3))
+def test_sums_become_whole_numbers_of_few_bits(sums, bits, exponent):
+    x = np.array(sums, "float32")[:, None] * np.ones((1, 2), "float32")
+    layer = layers.Requantize(bits, 2.0**exponent)
+    layer.build((None, 2))
+    scale, bias = np.array([0.037, 2.5], "float32"), np.array([3.0, -7.0], "float32")
+    layer.set_weights([scale, bias])
+    whole = np.clip(np.rint((x + bias) * scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    assert np.array_equal(numpy(layer(x)), whole * np.float32(2.0**exponent))
+
+
+def test_halves_become_even():
+    layer = layers.Requantize()
+    layer.build((None, 1))
+    layer.set_weights([np.array([0.5]), np.array([0.0])])
+    assert numpy(layer(np.array([[1.0], [3.0], [5.0], [-1.0], [-3.0]], "float32"))).ravel().tolist() == [0, 2, 2, 0, -2]
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_gradient_of_requantization_is_that_of_the_clip(jit):
+    layer = layers.Requantize(bits=4, step=0.5)
+    layer.build((None, 1))
+    layer.set_weights([np.array([0.25]), np.array([1.0])])
+    x = np.array([[3.0], [26.0], [50.0], [-50.0]], "float32")
+    value, _, (gradient,) = helpers.value_and_grads(lambda x: (keras.ops.sum(layer(x)), 0), x, jit=jit)
+    assert value == 0.5 * (1 + 7 + 7 - 8)
+    assert gradient.ravel().tolist() == [0.125, 0.125, 0.0, 0.0]
+
+
+def test_requantization_is_saved(tmp_path):
+    model = keras.Sequential([keras.Input((3,)), layers.Requantize(6, 0.25, name="requantize")])
+    model.layers[0].set_weights([np.array([0.1, 0.2, 0.3]), np.array([1.0, 2.0, 3.0])])
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    x = np.array([[7.0, -90.0, 900.0]], "float32")
+    assert np.array_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0))
+    assert (loaded.layers[-1].bits, loaded.layers[-1].step) == (6, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bits": 1}, "bits is a whole number from 2 to 24. Received bits=1"),
+        ({"bits": 25}, "Received bits=25"),
+        ({"bits": True}, "Received bits=True"),
+        ({"bits": 8.0}, "Received bits=8.0"),
+        ({"step": 0.3}, "step is a power of two, such as 0.25. Received step=0.3"),
+        ({"step": 0.0}, "Received step=0.0"),
+        ({"step": math.inf}, "Received step=inf"),
+    ],
+)
+def test_requantization_out_of_range_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        layers.Requantize(**arguments)
