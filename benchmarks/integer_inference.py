@@ -5,7 +5,7 @@
 
 Compared, in one process, in turn, on as many threads as asked for:
 
-- ANN: the float32 network of the same shape with ReLU, its normalizations folded into the kernels
+- ANN: the float32 network of the same shape with ReLU, as ONNX Runtime optimizes it
 - float: the spiking network in float32, unrolled, thresholds folded
 - whole numbers: `keras_dsr.export.integer_copy` of it, unrolled, with QLinearConv
 
@@ -31,7 +31,7 @@ NETWORKS = ("preact_resnet18", "preact_resnet20", "vgg11")
 FORMS = ("ANN", "float", "whole numbers")
 
 
-def network(name: str, timesteps: int):
+def network(name: str, timesteps: int, count: int):
     """A spiking network that fires, and inputs for it."""
     import keras
     import numpy as np
@@ -42,10 +42,10 @@ def network(name: str, timesteps: int):
     neuron = layers.IFSpike(threshold=1.0)
     if name == "vgg11":
         model = models.vgg(11, neuron, input_shape=(timesteps, 48, 48, 2))
-        x = np.random.default_rng(0).poisson(0.3, (64, timesteps, 48, 48, 2)).astype("float32")
+        x = np.random.default_rng(0).poisson(0.3, (count, timesteps, 48, 48, 2)).astype("float32")
     else:
         model = models.preact_resnet(int(name.removeprefix("preact_resnet")), neuron, timesteps)
-        x = np.random.default_rng(0).normal(size=(64, 32, 32, 3)).astype("float32")
+        x = np.random.default_rng(0).normal(size=(count, 32, 32, 3)).astype("float32")
     for _ in range(20):  # moving statistics
         model(x[:32], training=True)
     return model, x
@@ -92,14 +92,14 @@ def session(path: Path, threads: int):
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def files_of(name: str, timesteps: int, folder: Path):
+def files_of(name: str, timesteps: int, count: int, folder: Path):
     """The ONNX files to compare, by form, inputs for each, and what the file of whole numbers was proven by."""
     import tensorflow as tf
     import tf2onnx
 
     from keras_dsr.export import Grid, export_onnx, integer_copy, report_of
 
-    model, x = network(name, timesteps)
+    model, x = network(name, timesteps, count)
     ann = ann_of(model)
     spec = [tf.TensorSpec([None, *ann.inputs[0].shape[1:]], tf.float32, name="image")]
     tf2onnx.convert.from_function(
@@ -116,7 +116,7 @@ def files_of(name: str, timesteps: int, folder: Path):
 def measure(name: str, timesteps: int, batches, repeats: int, threads: int) -> dict:
     """CPU and wall seconds of each form and batch size, medians over rounds in which the forms take turns."""
     with tempfile.TemporaryDirectory() as folder:
-        files, x, row = files_of(name, timesteps, Path(folder))
+        files, x, row = files_of(name, timesteps, max(32, *batches), Path(folder))
         sessions = {form: session(path, threads) for form, path in files.items()}
         inputs = {form: each.get_inputs()[0] for form, each in sessions.items()}
         found = {}

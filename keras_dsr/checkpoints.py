@@ -75,14 +75,14 @@ def restore(path: Path, model: keras.Model) -> None:
         variable.assign(arrays[name])
 
 
-def copy(model: keras.Model, other: keras.Model) -> None:
+def copy(source: keras.Model, target: keras.Model) -> None:
     """Gives a model and its optimizer the values of another.
 
     Args:
-        model: A built and compiled model.
-        other: A built and compiled model of the same kind, which may compute in another precision.
+        source: The model that has them, built and compiled.
+        target: The one that gets them: of the same kind, though it may compute in another precision.
     """
-    for theirs, own in zip(_variables(model).values(), _variables(other).values(), strict=True):
+    for theirs, own in zip(_variables(source).values(), _variables(target).values(), strict=True):
         own.assign(theirs)
 
 

@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=deployment.ARITHMETICS,
         default="float",
         help="exact: rounded so that ONNX Runtime fires each spike as Keras does; integer: so, and with convolutions "
-        "of 8-bit weights, which are faster; no flip is allowed then (default: float)",
+        "of 8-bit weights; no flip is allowed then (default: float)",
     )
     verify = commands.add_parser(
         "verify",

@@ -12,7 +12,8 @@ can be had of every file: `keras_dsr.export.OnnxRuntime(path).traced(inputs)`.
 Metadata, by keys that start with `keras_dsr.`: `form`; `version`, of this package; `neurons`, the layers in their
 order; `timesteps`, where it is fixed, of a step file too: after so many steps its answer is that of the whole; `state`,
 its parts' names; `preprocessing`; `worth` of a spike in each layer, where thresholds are folded; `weight_bits`; `card`,
-see `keras_dsr.export.card`; `verification`, see `keras_dsr.export.report`; `trace`, see `keras_dsr.export.passes`.
+see `keras_dsr.export.card`; `verification`, see `keras_dsr.export.report`; `trace`, see `keras_dsr.export.passes`;
+`integer_convolutions`, how many convolutions are computed in whole numbers.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ from keras_dsr.export.functions import FORMS, Network, Preprocessing
 from keras_dsr.export.passes import SPIKES
 from keras_dsr.export.report import METADATA, VerificationError
 from keras_dsr.export.weights import BITS, quantized_copy, store_as_integers
-from keras_dsr.export.whole_numbers import compute_in_integers
+from keras_dsr.export.whole_numbers import INTEGER_CONVOLUTIONS, compute_in_integers
 from keras_dsr.files import synchronize, workspace
+from keras_dsr.layers import Requantize
 
 OPSETS = range(15, 19)
 """Versions of ONNX's operators that the converter writes."""
@@ -112,6 +114,11 @@ def export_onnx(
     """
     path = Path(path)
     _check(path, form, weight_bits, opset)
+    if weight_bits is not None and any(isinstance(each, Requantize) for each in model._flatten_layers()):
+        raise ValueError(
+            f"Model {model.name!r} is one of whole numbers, with weights of 8 bits. Received "
+            f"weight_bits={weight_bits}; leave it out."
+        )
     onnx = _imported("onnx")
     about = card.plain(about or {})
     _check_dtypes(model)
@@ -272,8 +279,8 @@ def _tidy(proto: Any, network: FoldedNetwork, form: str, integers: bool) -> None
     graph.output.extend(copies)
     passes.scan_neurons(proto)
     passes.sink_transposes(proto)
-    if integers:
-        compute_in_integers(proto)
+    number = compute_in_integers(proto) if integers else 0
+    proto.metadata_props.add(key=f"keras_dsr.{INTEGER_CONVOLUTIONS}", value=str(number))
     passes.set_aside(proto, network.neurons)
     for value in (*graph.input, *graph.output):
         sizes = value.type.tensor_type.shape.dim

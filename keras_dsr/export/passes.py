@@ -184,7 +184,7 @@ def sink_transposes(model: Any) -> None:
 
     graph = model.graph
     constants = {x.name: numpy_helper.to_array(x) for x in graph.initializer}
-    fixed = {each.name for each in graph.output} | _captured(graph)
+    fixed = {each.name for each in graph.output} | captured(graph)
     nodes = list(graph.node)
     number = 0
     changed = True
@@ -297,7 +297,7 @@ def _inputs(nodes: Iterable[Any]) -> set[str]:
     return found
 
 
-def _captured(graph: Any) -> set[str]:
+def captured(graph: Any) -> set[str]:
     """What graphs within nodes may take from the graph around them."""
     found = set()
     for node in graph.node:

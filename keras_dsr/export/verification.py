@@ -5,8 +5,8 @@
 - a SavedModel, loaded by TensorFlow's C API: `serving_default`, whose answers must be equal to the bit; `trace`, whose
   counts must be equal; `step`, all samples in step with each other, and again with samples of a batch at different
   steps, as a server batches streams;
-- ONNX files, in ONNX Runtime and, where installed, OpenVINO. A file of few-bit weights is compared with
-  `quantized_copy(model, bits)`.
+- ONNX files, in ONNX Runtime and, where installed and able to read them, OpenVINO. A file of few-bit weights is
+  compared with `quantized_copy(model, bits)`.
 
 Another order of summation may lift a potential over the threshold, or not: a spike is flipped, and all that follows may
 change. So at most `flip_budget` of all spikes (batch x time x neurons) may be flipped, and samples without a flipped
@@ -40,6 +40,7 @@ from keras_dsr.export.functions import FORMS, Network, Preprocessing
 from keras_dsr.export.report import Report, Row
 from keras_dsr.export.runtimes import OnnxRuntime, OpenVino, Runtime, openvino_is_installed
 from keras_dsr.export.weights import quantized_copy
+from keras_dsr.export.whole_numbers import INTEGER_CONVOLUTIONS
 
 _APART = 4  # so many different steps at most that the samples of a batch are at
 _UNSEEN = 100  # in one of so many examples a flipped spike may be seen in the answer alone
@@ -351,7 +352,8 @@ def _onnx_forms(network: Network, path: Path) -> Iterator[_Form]:
     form = _Form(network, title, path.name, runtime.name, reference=reference)
     form.run = run(runtime, form)
     yield form
-    if openvino_is_installed():
+    # OpenVINO does not read convolutions of whole numbers with a scale for each channel.
+    if openvino_is_installed() and runtime.metadata.get(f"keras_dsr.{INTEGER_CONVOLUTIONS}", "0") == "0":
         form = _Form(network, title, path.name, "OpenVINO", required=False, reference=reference)
         with form.guarded():
             runtime = OpenVino(path)

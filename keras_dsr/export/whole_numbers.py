@@ -7,19 +7,23 @@ this form runtimes have no faster way than for any other network; in that of `co
 - what neurons do in each step is done to the part of a tensor that is the step's, before its 8 bits become floats;
 - spikes that go past a convolution are multiplied by what is left of the operations on them.
 
-None of this changes a number. Products of a spike and a weight are far from the 16 bits in which some processors
-without VNNI add up pairs of them.
+None of this changes a number. Processors without VNNI add up pairs of products in 16 bits: those of spikes, which are 0
+or 1, or means over few places, and weights stay below them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from keras_dsr.export.passes import alive, keep_used_initializers, replace
+from keras_dsr.export.passes import alive, captured, keep_used_initializers, replace
+
+INTEGER_CONVOLUTIONS = "integer_convolutions"
+"""In a file's metadata, behind `keras_dsr.`: how many convolutions are computed in whole numbers."""
 
 _ZERO_POINT = 128
 _PER_ELEMENT = {"Add", "Cast", "Max", "Min", "Mul", "Round", "Sub"}
@@ -51,7 +55,7 @@ def compute_in_integers(model: Any) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Spikes:
-    """A tensor of spikes, or of means over places of them: whole numbers from 0 to 255, in units.
+    """A tensor of spikes, or of means over places of them: whole numbers from 0 to 127, in units.
 
     Args:
         unit: What 1 is worth.
@@ -75,6 +79,7 @@ class _Graph:
         self.nodes = list(model.graph.node)
         self.constants = {x.name: numpy_helper.to_array(x) for x in model.graph.initializer}
         self.outputs = [each.name for each in model.graph.output]
+        self.fixed = {*self.outputs, *captured(model.graph)}
         self._bytes: dict[str, str] = {}
         self._number = 0
         self._index()
@@ -140,9 +145,8 @@ class _Graph:
             return False
         scale, last = chain
         bias = self.constants.get(convolution.input[2]) if len(convolution.input) > 2 else np.zeros(len(weights))
-        if bias is None or scale.size not in (1, len(weights)):
+        if bias is None or (scale := _by_channel(scale, weights)) is None:
             return False
-        scale = np.broadcast_to(scale.reshape(-1), len(weights)).astype("float32")
         whole = weights.astype("float64") * spikes.unit
         if not (_are_whole(whole, 127) and _are_whole(bias, 2**23) and (scale > 0).all()):
             return False
@@ -179,7 +183,7 @@ class _Graph:
             ("Max", lambda x: (x == -128).all()),
         ):
             step = self._only_user(name, kind)
-            constant = None if step is None else self._constant_of(step)
+            constant = None if step is None or len(step.input) != 2 else self._constant_of(step)
             if constant is None or not accepts(constant):
                 return None
             found.append(constant)
@@ -189,7 +193,7 @@ class _Graph:
 
     def _only_user(self, name: str, kind: str) -> Any:
         users = self.users.get(name, [])
-        return users[0] if len(users) == 1 and users[0].op_type == kind and name not in self.outputs else None
+        return users[0] if len(users) == 1 and users[0].op_type == kind and name not in self.fixed else None
 
     def _constant_of(self, node: Any) -> np.ndarray | None:
         return next((self.constants[name] for name in node.input if name in self.constants), None)
@@ -204,22 +208,25 @@ class _Graph:
             before = self.producers.get(source)
             binary = before is not None and before.op_type in ("Greater", "GreaterOrEqual", "Less")
             return _Spikes(1.0, source, 1.0) if binary else None
-        if node.op_type == "Mul":
-            factor = self._constant_of(node)
+        if node.op_type in ("Mul", "Add"):
+            constant = self._constant_of(node)
             source = next((each for each in node.input if each not in self.constants), None)
-            found = None if source is None or factor is None or factor.size != 1 else self.spikes(source)
-            worth = None if found is None else float(factor.reshape(-1)[0])
-            return dataclasses.replace(found, unit=found.unit * worth) if found and worth and worth > 0 else None
+            found = None if source is None or constant is None or constant.size != 1 else self.spikes(source)
+            number = None if found is None else float(constant.reshape(-1)[0])
+            if node.op_type == "Add":
+                return found if number == 0 else None
+            return dataclasses.replace(found, unit=found.unit * number) if found and number > 0 else None
         if node.op_type == "Concat":
             parts = [self.spikes(each) for each in node.input]
             same = all(each is not None and each.unit == parts[0].unit for each in parts)
-            return dataclasses.replace(parts[0], fired=None) if same else None
+            return dataclasses.replace(parts[0], fired=None, most=max(each.most for each in parts)) if same else None
         if node.op_type == "AveragePool":
             settings = {each.name: self.helper.get_attribute_value(each) for each in node.attribute}
             places = int(np.prod(settings["kernel_shape"]))
             padded = any(settings.get("pads", ())) or settings.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID")
-            found = None if padded or places & (places - 1) else self.spikes(source)
-            if found is None or found.most * places > 255:
+            uneven = padded or settings.get("ceil_mode", 0) or places & (places - 1)
+            found = None if uneven else self.spikes(source)
+            if found is None or found.most * places > 127 or math.frexp(found.unit)[0] != 0.5:
                 return None
             return _Spikes(found.unit / places, None, found.most * places)
         if node.op_type in _MOVES:
@@ -231,6 +238,8 @@ class _Graph:
 
     def _pads_zeros(self, node: Any) -> bool:
         settings = {each.name: self.helper.get_attribute_value(each) for each in node.attribute}
+        if len(node.input) > 3 and node.input[3]:  # of some axes only
+            return False
         value = self.constants.get(node.input[2], np.ones(1)) if len(node.input) > 2 and node.input[2] else np.zeros(1)
         return settings.get("mode", b"constant") == b"constant" and not value.any()
 
@@ -242,7 +251,7 @@ class _Graph:
         byte = self.types.UINT8
         if node.op_type == "Cast":
             made = self.add("Cast", [node.input[0]], to=byte)
-        elif node.op_type == "Mul":
+        elif node.op_type in ("Mul", "Add"):
             source = next(each for each in node.input if each not in self.constants)
             made = self.bytes_of(source, self.spikes(source))
         elif node.op_type == "AveragePool":
@@ -295,7 +304,7 @@ class _Graph:
                 axis = next((each.i for each in split.attribute if each.name == "axis"), 0)
                 source = split.input[0]
                 node = self.producers.get(source)
-                if axis != 0 or node is None or source in self.outputs:
+                if axis != 0 or node is None or source in self.fixed or self.fixed.intersection(split.output):
                     continue
                 if node.op_type == "Concat" and len(node.input) == len(split.output) and self._joins_steps(node):
                     self.remove(split)
@@ -307,7 +316,9 @@ class _Graph:
                     changed = True
 
     def _joins_steps(self, node: Any) -> bool:
-        return all(each.name != "axis" or each.i == 0 for each in node.attribute)
+        """Whether parts are the spikes of one neuron layer in each step, which are of one size."""
+        by_batch = all(each.name != "axis" or each.i == 0 for each in node.attribute)
+        return by_batch and all(self.spikes(part) is not None for part in node.input)
 
     def _splittable(self, node: Any) -> bool:
         """Whether all that is not constant has the batch as its first axis, as constants with another would not."""
@@ -341,8 +352,16 @@ class _Graph:
         for node in self.users.pop(old, []):
             node.input[:] = [new if name == old else name for name in node.input]
             self.users.setdefault(new, []).append(node)
-        if old in self.outputs:
-            self.add("Identity", [new], old)
+
+
+def _by_channel(constant: np.ndarray, weights: np.ndarray) -> np.ndarray | None:
+    """What a convolution's output is multiplied with, (channels,); `None` if not by its channels, the second axis."""
+    shape = (1,) * (weights.ndim - constant.ndim) + constant.shape
+    if len(shape) != weights.ndim or any(size != 1 for axis, size in enumerate(shape) if axis != 1):
+        return None
+    if shape[1] not in (1, len(weights)):
+        return None
+    return np.broadcast_to(constant.reshape(-1), len(weights)).astype("float32")
 
 
 def _are_whole(values: np.ndarray, most: float) -> bool:
