@@ -1,4 +1,7 @@
-"""Measuring one thing in a fresh process: CPU and wall seconds of a call, and the process's peak memory."""
+"""Measuring one thing in a fresh process: CPU and wall seconds of a call, and the process's peak memory.
+
+The interpreters of other libraries run this file too (see `peers`): at its top it needs the standard library alone.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,12 @@ import json
 import os
 import platform
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,40 +51,177 @@ def timed(call: Callable[[], Any], repeats: int, warmup: int = 2) -> dict[str, f
     }
 
 
-def in_fresh_process(script: str, task: dict[str, Any], backend: str) -> dict[str, float]:
+def in_fresh_process(
+    script: str,
+    task: dict[str, Any],
+    backend: str,
+    python: str | Path = sys.executable,
+    timeout: float | None = None,
+) -> dict[str, Any]:
     """Runs `python SCRIPT --task JSON` and reads the JSON on its last line.
 
+    Args:
+        script: The file to run.
+        task: What it is to measure.
+        backend: Keras' backend there.
+        python: The interpreter.
+        timeout: Seconds after which it is stopped; `None` to wait for as long as it takes.
+
     Raises:
-        RuntimeError: if the process fails, with what it printed.
+        RuntimeError: if the process fails, with what it printed, or takes longer than `timeout`.
     """
     environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    done = subprocess.run(
-        [sys.executable, script, "--task", json.dumps(task)], capture_output=True, text=True, env=environment
-    )
+    command = [str(python), str(script), "--task", json.dumps(task)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{task} was stopped: it took more than {timeout:.0f} s") from None
     if done.returncode:
         raise RuntimeError(f"{task} failed:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def median_of(runs: list[dict[str, float]]) -> dict[str, float]:
-    """The median of each measure over runs."""
-    return {measure: statistics.median(run[measure] for run in runs) for measure in runs[0]}
+def use_cores(count: int | None) -> int:
+    """Keeps this process to so many of the cores that it may use, and gives their number.
+
+    TensorFlow, JAX and PyTorch all have as many threads as there are cores in this set, if it is made before they are
+    imported: so each side of a comparison has the same.
+
+    Args:
+        count: The number; `None` for all.
+    """
+    if not hasattr(os, "sched_setaffinity"):  # macOS and Windows have no such thing
+        return os.cpu_count() or 1
+    allowed = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, set(allowed[:count]))
+    return len(allowed[:count])
+
+
+def in_turn(
+    names: Sequence[Any],
+    measure: Callable[[Any], dict[str, Any]],
+    rounds: int,
+    minutes: float | None = None,
+) -> tuple[dict[Any, list[dict[str, Any]]], dict[Any, str]]:
+    """Measures all of `names` in each round, forwards and backwards by turns, so that a machine's drift favours none.
+
+    Args:
+        names: What to measure.
+        measure: Gives the measures of one. A RuntimeError is that one's failure alone, and the others go on.
+        rounds: The number of rounds.
+        minutes: No round is begun that would, at the pace so far, end after so many minutes; the first always is.
+            `None` for no limit.
+
+    Returns:
+        For each of `names` its measures, one from each round; and for those that failed, why.
+    """
+    runs: dict[Any, list[dict[str, Any]]] = {name: [] for name in names}
+    failures: dict[Any, str] = {}
+    started = time.perf_counter()
+    for round_ in range(rounds):
+        spent = time.perf_counter() - started
+        if minutes is not None and round_ and spent * (round_ + 1) / round_ > 60 * minutes:
+            print(f"no more than {round_} of {rounds} rounds fit in {minutes:g} minutes", flush=True)
+            break
+        for name in names if round_ % 2 == 0 else reversed(names):
+            if name in failures:
+                continue
+            try:
+                runs[name].append(measure(name))
+            except RuntimeError as error:
+                failures[name] = str(error)
+                del runs[name]
+                print(f"round {round_ + 1}: {name} failed: {error}", flush=True)
+            else:
+                print(f"round {round_ + 1}: {name}: {shown(runs[name][-1])}", flush=True)
+    return runs, failures
+
+
+def shown(measured: Mapping[str, Any]) -> str:
+    """Measures in one line."""
+    parts = (
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in measured.items()
+    )
+    return ", ".join(parts)
+
+
+def median_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The median of each measure over runs; of what is not a number, the first."""
+    return {
+        name: statistics.median(run[name] for run in runs) if isinstance(value, (int, float)) else value
+        for name, value in runs[0].items()
+    }
+
+
+def line_fit(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
+    """The line through points, by linear least squares.
+
+    Returns:
+        Its slope, its value at 0, and R^2: the part of the variance of `y` that it accounts for.
+
+    Raises:
+        ValueError: unless there are two different values of `x`.
+    """
+    if len(set(x)) < 2:
+        raise ValueError(f"A line needs points at two or more places. Received x={list(x)!r}.")
+    slope, intercept = statistics.linear_regression(x, y)
+    mean = statistics.fmean(y)
+    total = sum((value - mean) ** 2 for value in y)
+    rest = sum((value - intercept - slope * place) ** 2 for place, value in zip(x, y, strict=True))
+    return slope, intercept, 1 - rest / total if total else 1.0
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """The lines of a Markdown table; `None` is an empty cell.
+
+    Raises:
+        ValueError: if a row has not as many cells as the header.
+    """
+    for row in rows:
+        if len(row) != len(header):
+            raise ValueError(f"A row has the {len(header)} cells of {list(header)!r}. Received {list(row)!r}.")
+    lines = [header, ["---"] * len(header), *rows]
+    return [f"| {' | '.join('' if cell is None else str(cell) for cell in line)} |" for line in lines]
+
+
+def at_most(value: float | None, limit: float) -> str:
+    """Whether a measured value is within a limit: "met", "not met" or "not measured". It is compared unrounded."""
+    if value is None:
+        return "not measured"
+    return "met" if value <= limit else "not met"
+
+
+def command() -> str:
+    """The command line that this process was started with, without the folders of this machine."""
+    words = []
+    for word in sys.argv[1:]:
+        option, equals, value = word.partition("=")
+        words.append(word if not Path(value or word).is_absolute() else f"{option}=DIR" if equals else "DIR")
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
+
+
+PACKAGES = ("keras", "tensorflow", "jax", "numpy", "onnxruntime", "openvino", "torch", "spikingjelly")
+
+
+def versions() -> dict[str, str]:
+    """The versions of those packages that figures depend on and that this interpreter has."""
+    installed = [name for name in PACKAGES if importlib.util.find_spec(name)]
+    return {name: importlib.metadata.version(name) for name in installed}
 
 
 def machine() -> dict[str, Any]:
-    """What a figure depends on: processor, cores, versions of what is installed, date."""
+    """What a figure depends on: processor, cores, versions of what is installed, date, and the command."""
     model = "unknown"
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    packages = ("keras", "tensorflow", "jax", "numpy", "onnxruntime", "openvino")
-    installed = [name for name in packages if importlib.util.find_spec(name)]
     return {
         "processor": model,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in installed},
+        "versions": versions(),
         "date": datetime.date.today().isoformat(),
+        "command": command(),
     }
 
 
@@ -88,7 +229,7 @@ def write(name: str, results: dict[str, Any], table: str) -> None:
     """Writes results/NAME.json and results/NAME.md, whole or not at all."""
     from keras_dsr.files import replacing
 
-    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / name).parent.mkdir(parents=True, exist_ok=True)
     for suffix, text in (("json", json.dumps(results, indent=2) + "\n"), ("md", table)):
         with replacing(RESULTS / f"{name}.{suffix}") as beside:
             beside.write_text(text)

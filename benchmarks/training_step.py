@@ -20,61 +20,13 @@ import json
 from measure import in_fresh_process, machine, median_of, timed, write
 
 CLASSES, SHAPE = 10, (32, 32, 3)
-STAGES = ((2, 64), (2, 128), (2, 256), (2, 512))
-
-
-def stock_network(timesteps: int | None):
-    """PreAct-ResNet-18 of stock layers: an ANN with ReLU, or our neurons on plain tensors, with per-step autodiff."""
-    import keras
-    from per_step import EachStep
-
-    from keras_dsr import layers
-
-    state = {"stream": False}
-
-    def apply(layer, x):
-        return EachStep(layer)(x) if state["stream"] else layer(x)
-
-    def neuron(x):
-        if timesteps is None:
-            return keras.layers.ReLU()(x)
-        if state["stream"]:
-            return layers.IFSpike()(x)
-        state["stream"] = True
-        return layers.ToTensor()(layers.IFSpike(timesteps=timesteps)(x))
-
-    def norm(x):  # over all axes but the channels: batch and time together
-        return keras.layers.BatchNormalization(momentum=0.9, epsilon=1e-5)(x)
-
-    def conv(x, width, stride=1, size=3):
-        if stride == 2 and size == 3:
-            x = apply(keras.layers.ZeroPadding2D(1), x)
-        padding = "valid" if stride == 2 and size == 3 else "same"
-        return apply(keras.layers.Conv2D(width, size, strides=stride, padding=padding), x)
-
-    inputs = keras.Input(SHAPE)
-    x = keras.layers.Conv2D(64, 3, padding="same", use_bias=False)(inputs)
-    channels = 64
-    for stage, (blocks, width) in enumerate(STAGES):
-        for block in range(blocks):
-            stride = 2 if stage and not block else 1
-            x = shortcut = neuron(norm(x))
-            if stride == 2 or channels != width:
-                shortcut = conv(x, width, stride, size=1)
-            x = conv(neuron(norm(conv(x, width, stride))), width)
-            x = keras.layers.Add()([x, shortcut])
-            channels = width
-    x = neuron(norm(x))
-    x = neuron(apply(keras.layers.GlobalAveragePooling2D(), x))
-    x = neuron(norm(apply(keras.layers.Dense(CLASSES), x)))
-    outputs = x if timesteps is None else layers.SpikeRep()(x)
-    return keras.Model(inputs, outputs)
 
 
 def measure(task: dict) -> dict[str, float]:
     """Measures one variant in this process."""
     import keras
     import numpy as np
+    import stock
 
     from keras_dsr import layers, models
 
@@ -84,7 +36,7 @@ def measure(task: dict) -> dict[str, float]:
         neuron = layers.IFSpike(loop=task["loop"]) if "loop" in task else layers.IFSpike()
         model = models.preact_resnet(18, neuron, timesteps, CLASSES, SHAPE)
     else:
-        model = stock_network(timesteps if variant == "per step" else None)
+        model = stock.preact_resnet(18, timesteps if variant == "per step" else None, CLASSES, SHAPE)
     model.compile(
         keras.optimizers.SGD(0.01, momentum=0.9),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
