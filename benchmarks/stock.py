@@ -92,7 +92,7 @@ def vgg(
     input_shape: tuple[int, int, int] = (48, 48, 2),
     neuron: layers.SpikingNeuron | None = None,
 ) -> keras.Model:
-    """A VGG, from frames (batch, time, height, width, channels); from one image, with ReLU, if `timesteps` is `None`."""
+    """A VGG, from frames (batch, time, height, width, channels); with ReLU, from one image, if there are no steps."""
     build = _Build(timesteps, neuron or layers.IFSpike(), steps=timesteps is not None)
     x = inputs = keras.Input(input_shape if timesteps is None else (timesteps, *input_shape))
     for group, widths in enumerate(GROUPS[depth], start=1):

@@ -19,9 +19,10 @@ def measure(task: dict) -> dict:
     """Measures one network.
 
     Args:
-        task: "network", "kind", "timesteps" and "shape" as in `torch_networks.build`; "mode" ("train" or
-            "inference"), "batch", "repeats", "warmup"; "cores" that it may use; "form", the words
-            "channels_last" and "compile", or neither; "device" and "precision" ("float32", "tf32", "bfloat16").
+        task: "network", "kind", "timesteps", "shape" and "widths" as in `torch_networks.build`; "mode" ("train" or
+            "inference"), "batch", "repeats", "warmup"; "calls", how many are timed together, to divide by; "cores" that
+            it may use; "form", the words "channels_last" and "compile", or neither; "device" and "precision"
+            ("float32", "tf32", "bfloat16").
     """
     cores = use_cores(task.get("cores"))
     import torch
@@ -40,7 +41,8 @@ def measure(task: dict) -> dict:
 
     timesteps, batch, shape = task["timesteps"], task["batch"], tuple(task["shape"])
     started = time.perf_counter()
-    network = torch_networks.build(task["network"], task["kind"], timesteps, shape, CLASSES)
+    widths = tuple(task.get("widths", ()))
+    network = torch_networks.build(task["network"], task["kind"], timesteps, shape, CLASSES, widths=widths)
     network.train(task["mode"] == "train").to(device=device, memory_format=layout)
     resets = task["kind"].startswith("sj-")
     if resets:
@@ -70,14 +72,21 @@ def measure(task: dict) -> dict:
                 threshold.clamp_(min=torch_networks.LOWER_BOUND)
         return loss
 
-    def call():
+    def one():
         if task["mode"] == "train":
-            train().item()
-        else:
-            with torch.inference_mode():
-                forward().sum().item()
+            return train()
+        with torch.inference_mode():
+            return forward().sum()
+
+    calls = task.get("calls", 1)
+
+    def call():
+        for _ in range(calls - 1):
+            one()
+        one().item()  # waits for all of them
 
     result = {"build_s": time.perf_counter() - started, **timed(call, task["repeats"], task.get("warmup", 2))}
+    result |= {name: result[name] / calls for name in ("wall_s", "cpu_s")}
     if device == "cuda":
         result["peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
         result["device"] = torch.cuda.get_device_name()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
+import keras
 import pytest
 from helpers import OPTIONAL
 
@@ -137,6 +140,20 @@ def test_modules_say_what_they_are(module):
 def test_the_package_itself_needs_no_data_and_no_export():
     names = {name.split(".")[1] for name in imports(parse("__init__.py")) if name.startswith("keras_dsr.")}
     assert not names & {"data", "export", "tuning", "training", "cli"}
+
+
+def test_importing_the_package_brings_in_no_other():
+    """What it costs to import keras_dsr beside Keras is the reading of its own files."""
+    code = (
+        "import sys, keras; before = set(sys.modules); import keras_dsr; "
+        "print(*{name.partition('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names, "
+        "'tensorflow' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *brought, tensorflow = done.stdout.splitlines()[-1].split()
+    # What every layer needs; Keras has read most of it by then, not every version all of it.
+    assert set(brought) <= {"keras_dsr", "keras", "numpy", "optree", keras.backend.backend()}
+    assert tensorflow == str(keras.backend.backend() == "tensorflow")
 
 
 def test_public_names_exist():

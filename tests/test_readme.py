@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["README.md", "docs/concepts.md", "docs/training.md", "docs/export.md", "docs/serving.md", "CHANGELOG.md"]
+PAGES = ["README.md", *(f"docs/{name}.md" for name in ("concepts", "training", "export", "serving", "performance"))]
+PAGES += ["CHANGELOG.md"]
 
 
 @pytest.mark.parametrize("page", PAGES)

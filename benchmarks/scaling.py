@@ -1,0 +1,153 @@
+"""How the cost of a training step grows with time steps, with depth and with the batch: fitted slopes.
+
+    python benchmarks/scaling.py                             # an hour or two on 2 cores
+    python benchmarks/scaling.py --axes depth --depth 20 56 110
+
+For ours on TensorFlow and for the plain PyTorch DSR, each figure of fresh processes, forwards and backwards by turns.
+The slope is that of the line through the medians by linear least squares, beside it R^2, how much of the variance the
+line accounts for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+import peers
+from measure import RESULTS, in_turn, line_fit, machine, markdown, median_of, write
+from steps import Case, common, fastest_forms, measure
+
+AXES = {
+    "timesteps": "one more time step",
+    "depth": "one more layer",
+    "batch": "one more image in the batch",
+}
+VARIANTS = ("ours", "PyTorch DSR")
+
+
+def points(axis: str, options) -> list[tuple[int, str, int, int]]:
+    """Where an axis is measured: its value, and network, N and batch there."""
+    if axis == "timesteps":
+        return [(n, options.network, n, options.batch_size) for n in options.timesteps]
+    if axis == "depth":
+        return [(depth, f"resnet{depth}", options.steps, options.batch_size) for depth in options.depth]
+    return [(batch, options.network, options.steps, batch) for batch in options.batch]
+
+
+def compare(options) -> None:
+    """Measures all points in turn; writes table and plot."""
+    import plots
+
+    variants = [name for name in VARIANTS if options.peers or name == "ours"]
+    contest = argparse.Namespace(
+        networks=[options.network],
+        timesteps=options.timesteps,
+        batch=options.batch_size,
+        repeats=options.repeats,
+        cores=options.cores,
+    )
+    forms, form_rows = fastest_forms(variants, False, contest)
+    places = {axis: points(axis, options) for axis in options.axes}
+    # A case that two axes share is measured once.
+    todo = list(
+        dict.fromkeys(
+            Case(network, "train", variant, steps, batch)
+            for axis in places.values()
+            for _, network, steps, batch in axis
+            for variant in variants
+        )
+    )
+    runs, failures = in_turn(
+        todo, lambda case: measure(case, forms, options.repeats, options.cores), options.rounds, options.minutes
+    )
+    medians = {case: median_of(measured) for case, measured in runs.items()}
+    slopes, rows = [], []
+    for axis, where in places.items():
+        for variant in variants:
+            own = [(x, medians.get(Case(network, "train", variant, n, b))) for x, network, n, b in where]
+            own = [(x, median) for x, median in own if median]
+            rows += [{"axis": axis, "variant": variant, "at": x, **median} for x, median in own]
+            if len(own) > 1:
+                x = [place for place, _ in own]
+                fits = {name: line_fit(x, [median[name] for _, median in own]) for name in ("cpu_s", "peak_mb")}
+                slopes.append({"axis": axis, "variant": variant, "at": x, **fits})
+
+    host = machine()
+    if options.peers:
+        host["peers"] = peers.versions()
+    lines = [
+        f"`{host['command']}`: a training step, {host['cores']} cores of {host['processor']}, {host['date']}; medians "
+        f"of {min(map(len, runs.values()))} fresh processes for each point. Unless it is what varies: "
+        f"{options.network}, N = {options.steps} (for the batch and the depth), batch {options.batch_size}.",
+        "",
+    ]
+    cells = []
+    for fit in slopes:
+        (cpu, _, cpu_fits), (memory, _, memory_fits) = fit["cpu_s"], fit["peak_mb"]
+        other = next((f for f in slopes if f["axis"] == fit["axis"] and f["variant"] == "PyTorch DSR"), None)
+        cells.append(
+            [
+                AXES[fit["axis"]],
+                ", ".join(map(str, fit["at"])),
+                fit["variant"],
+                f"{cpu:.4f}",
+                f"{cpu_fits:.3f}",
+                f"{memory:.2f}",
+                f"{memory_fits:.3f}",
+                f"{cpu / other['cpu_s'][0]:.3f}" if other else None,
+                f"{memory / other['peak_mb'][0]:.3f}" if other else None,
+            ]
+        )
+    header = ["", "measured at", "", "CPU s", "R^2", "peak MB", "R^2", "CPU, of PyTorch DSR", "MB, of PyTorch DSR"]
+    lines += [*markdown(header, cells), ""]
+    lines += [f"{case} failed: {why.strip().splitlines()[-1]}\n" for case, why in failures.items()]
+    table = "\n".join(lines)
+    results = {
+        "machine": host,
+        "options": vars(options),
+        "forms": form_rows,
+        "rows": rows,
+        "slopes": slopes,
+        "runs": [{**dataclasses.asdict(case), "measured": measured} for case, measured in runs.items()],
+        "failures": {str(case): why for case, why in failures.items()},
+    }
+    write(f"{options.prefix}scaling", results, table)
+
+    figure = plots.figure("Cost of a training step: points measured, lines fitted", 4.4 * len(places), 7)
+    for column, axis in enumerate(places, start=1):
+        for row, (name, unit) in enumerate((("cpu_s", "CPU seconds"), ("peak_mb", "peak memory, MB"))):
+            axes = figure.add_subplot(2, len(places), row * len(places) + column)
+            for variant in variants:
+                own = [each for each in rows if each["axis"] == axis and each["variant"] == variant]
+                axes.scatter([e["at"] for e in own], [e[name] for e in own], color=plots.COLORS[variant], s=18)
+                fit = next((f for f in slopes if f["axis"] == axis and f["variant"] == variant), None)
+                if fit:
+                    slope, start, _ = fit[name]
+                    ends = [min(fit["at"]), max(fit["at"])]
+                    style = {"color": plots.COLORS[variant], "label": variant}
+                    axes.plot(ends, [start + slope * x for x in ends], **style)
+            axes.set_ylim(bottom=0)
+            axes.legend(frameon=False, fontsize=9)
+            plots.panel(axes, "", {"timesteps": "time steps N"}.get(axis, axis), unit)
+    plots.save(figure, RESULTS / f"{options.prefix}scaling.png")
+    print(table)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--axes", nargs="+", choices=list(AXES), default=list(AXES))
+    made.add_argument("--network", default="resnet18", help="where the depth does not vary")
+    made.add_argument("--steps", type=int, default=10, help="N, where it does not vary")
+    made.add_argument("--batch-size", type=int, default=8, help="the batch, where it does not vary")
+    made.add_argument("--timesteps", type=int, nargs="+", default=[5, 10, 20, 40])
+    made.add_argument("--depth", type=int, nargs="+", default=[20, 32, 44, 56, 110])
+    made.add_argument("--batch", type=int, nargs="+", default=[4, 8, 16, 32])
+    made.add_argument("--repeats", type=int, default=3, help="timed calls in a process")
+    made.add_argument("--rounds", type=int, default=2, help="processes for each figure")
+    common(made)
+    return made
+
+
+if __name__ == "__main__":
+    compare(parser().parse_args())
