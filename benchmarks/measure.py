@@ -138,11 +138,9 @@ def in_turn(
 
 
 def shown(measured: Mapping[str, Any]) -> str:
-    """Measures in one line."""
-    parts = (
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in measured.items()
-    )
-    return ", ".join(parts)
+    """Measures in one line; lists of them are left out."""
+    singles = {name: value for name, value in measured.items() if isinstance(value, (int, float, str))}
+    return ", ".join(f"{name} {v:.4g}" if isinstance(v, float) else f"{name} {v}" for name, v in singles.items())
 
 
 def median_of(runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -34,6 +34,11 @@ def points(axis: str, options) -> list[tuple[int, str, int, int]]:
     return [(batch, options.network, options.steps, batch) for batch in options.batch]
 
 
+def share(slope: float, other: float | None) -> str | None:
+    """What part of the other's slope one is, for a table; nothing where the other's is not a growth."""
+    return f"{slope / other:.3f}" if other and other > 0 else None
+
+
 def compare(options) -> None:
     """Measures all points in turn; writes table and plot."""
     import plots
@@ -94,8 +99,7 @@ def compare(options) -> None:
                 f"{cpu_fits:.3f}",
                 f"{memory:.2f}",
                 f"{memory_fits:.3f}",
-                f"{cpu / other['cpu_s'][0]:.3f}" if other else None,
-                f"{memory / other['peak_mb'][0]:.3f}" if other else None,
+                *(share(fit[name][0], other and other[name][0]) for name in ("cpu_s", "peak_mb")),
             ]
         )
     header = ["", "measured at", "", "CPU s", "R^2", "peak MB", "R^2", "CPU, of PyTorch DSR", "MB, of PyTorch DSR"]
@@ -119,12 +123,12 @@ def compare(options) -> None:
             axes = figure.add_subplot(2, len(places), row * len(places) + column)
             for variant in variants:
                 own = [each for each in rows if each["axis"] == axis and each["variant"] == variant]
-                axes.scatter([e["at"] for e in own], [e[name] for e in own], color=plots.COLORS[variant], s=18)
+                style = {"color": plots.COLORS[variant]}
+                axes.scatter([e["at"] for e in own], [e[name] for e in own], s=18, label=variant, **style)
                 fit = next((f for f in slopes if f["axis"] == axis and f["variant"] == variant), None)
                 if fit:
                     slope, start, _ = fit[name]
                     ends = [min(fit["at"]), max(fit["at"])]
-                    style = {"color": plots.COLORS[variant], "label": variant}
                     axes.plot(ends, [start + slope * x for x in ends], **style)
             axes.set_ylim(bottom=0)
             axes.legend(frameon=False, fontsize=9)

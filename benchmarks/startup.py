@@ -48,7 +48,11 @@ def compare(options) -> None:
     results: dict = {"options": vars(options), "imports": [], "first_steps": []}
     if "imports" in options.only:
         todo = [(what, backend) for backend in backends for what in ("keras", "keras_dsr")]
-        runs, _ = in_turn(todo, lambda key: in_fresh_process(__file__, {"import": key[0]}, key[1]), options.rounds)
+        runs, failures = in_turn(
+            todo, lambda key: in_fresh_process(__file__, {"import": key[0]}, key[1]), options.rounds
+        )
+        if failures:
+            raise RuntimeError(f"An import failed: {failures}")
         cells = []
         for backend in backends:
             plain, ours = median_of(runs["keras", backend]), median_of(runs["keras_dsr", backend])

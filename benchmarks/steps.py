@@ -261,16 +261,13 @@ def table_of(rows, forms, form_rows, failures, host, rounds) -> str:
                 ]
     if form_rows:
         lines += ["## Forms of PyTorch", "", "CPU seconds of a training step; the fastest is used above.", ""]
-        names = {VARIANTS[name].kind: name for name in VARIANTS if VARIANTS[name].backend == "torch"}
         body = [
             [
                 row["variant"],
                 row["form"] or "as it comes",
                 f"{row['cpu_s']:.3f}" if "cpu_s" in row else "failed",
                 f"{row['first_s']:.1f}" if "first_s" in row else None,
-                "yes"
-                if names[VARIANTS[row["variant"]].kind] and forms[VARIANTS[row["variant"]].kind] == row["form"]
-                else "",
+                "yes" if forms[VARIANTS[row["variant"]].kind] == row["form"] else None,
             ]
             for row in form_rows
         ]
