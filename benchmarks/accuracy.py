@@ -242,7 +242,7 @@ def plot(runs: list[dict], options, path: Path) -> None:
         for stage in dict.fromkeys(row["stage"] for row in run["rows"]):
             own = [row for row in run["rows"] if row["stage"] == stage]
             spikes = stage == "spikes"
-            label = run["way"] if spikes else "its representation network, an ANN"
+            label = run["way"] if spikes else "hybrid, while still an ANN"
             axes.plot(
                 [row["cpu_s"] for row in own],
                 [100 * row["accuracy"] for row in own],
