@@ -526,7 +526,7 @@ _OURS = (
     ),
     Recipe(
         name="cifar10-resnet20",
-        summary="PreAct-ResNet-20 on CIFAR-10, IF, N = 6, hybrid training: hours on a CPU",
+        summary="PreAct-ResNet-20 on CIFAR-10, IF, N = 6, hybrid training: two hours on a CPU",
         depth=20,
         timesteps=6,
         precision="mixed_bfloat16",

@@ -164,7 +164,7 @@ def test_a_card_is_a_json_file(tmp_path):
 
 
 def test_these_presets_come_with_the_package():
-    assert presets.names() == ["vgg5-nmnist", "vgg5-poker_dvs"]
+    assert presets.names() == ["preact_resnet20-cifar10", "vgg5-nmnist", "vgg5-poker_dvs"]
     assert presets.names("vgg5-n") == ["vgg5-nmnist"]
 
 
