@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--results", default="integer_inference", help="name of the files in benchmarks/results")
     options = parser.parse_args()
 
-    host = machine()
+    host = machine(options.threads)
     results = {}
     lines = [
         "# Spiking networks in whole numbers, in ONNX Runtime",

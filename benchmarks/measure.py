@@ -11,7 +11,7 @@ import importlib.util
 import json
 import os
 import platform
-import resource
+import re
 import shlex
 import statistics
 import subprocess
@@ -47,12 +47,29 @@ def timed(call: Callable[[], Any], repeats: int, warmup: int = 2) -> dict[str, f
         "first_s": first,
         "wall_s": statistics.median(wall),
         "cpu_s": statistics.median(cpu),
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mb": peak_mb(),
     }
 
 
+def peak_mb() -> float:
+    """The largest resident size that this process has had, in MB.
+
+    On Linux it is not getrusage's: there the size of the process that started this one counts, too. VmHWM begins anew
+    with the program.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)
+        if found:
+            return int(found[1]) / 1024
+    import resource  # Windows has no such module
+
+    # In bytes on macOS, in units of 1024 bytes elsewhere.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
 def in_fresh_process(
-    script: str,
+    script: str | Path,
     task: dict[str, Any],
     backend: str,
     python: str | Path = sys.executable,
@@ -68,7 +85,8 @@ def in_fresh_process(
         timeout: Seconds after which it is stopped; `None` to wait for as long as it takes.
 
     Raises:
-        RuntimeError: if the process fails, with what it printed, or takes longer than `timeout`.
+        RuntimeError: if the process cannot be started or fails, with what it printed; if its last line is not JSON; or
+            if it takes longer than `timeout`.
     """
     environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
     command = [str(python), str(script), "--task", json.dumps(task)]
@@ -76,9 +94,22 @@ def in_fresh_process(
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"{task} was stopped: it took more than {timeout:.0f} s") from None
+    except OSError as error:
+        raise RuntimeError(f"{task} was not started: {python}: {error.strerror}") from error
     if done.returncode:
         raise RuntimeError(f"{task} failed:\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    last = (done.stdout.strip().splitlines() or [""])[-1]
+    try:
+        return json.loads(last)
+    except json.JSONDecodeError as error:
+        raise RuntimeError(f"{task} was to print JSON on its last line. It printed {last[-500:]!r}") from error
+
+
+def allowed_cores(count: int | None = None) -> list[int]:
+    """The first `count` of the cores that this process may use; all of them if it is `None`."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))[:count]
+    return list(range(os.cpu_count() or 1))[:count]  # macOS and Windows cannot tell, nor keep a process to some
 
 
 def use_cores(count: int | None) -> int:
@@ -90,30 +121,33 @@ def use_cores(count: int | None) -> int:
     Args:
         count: The number; `None` for all.
     """
-    if not hasattr(os, "sched_setaffinity"):  # macOS and Windows have no such thing
-        return os.cpu_count() or 1
-    allowed = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, set(allowed[:count]))
-    return len(allowed[:count])
+    if not hasattr(os, "sched_setaffinity"):
+        return len(allowed_cores())
+    chosen = allowed_cores(count)
+    os.sched_setaffinity(0, set(chosen))
+    return len(chosen)
 
 
 def in_turn(
     names: Sequence[Any],
-    measure: Callable[[Any], dict[str, Any]],
+    run: Callable[[Any], dict[str, Any]],
     rounds: int,
     minutes: float | None = None,
+    report: Callable[[dict[Any, list[dict[str, Any]]], dict[Any, str]], None] | None = None,
 ) -> tuple[dict[Any, list[dict[str, Any]]], dict[Any, str]]:
     """Measures all of `names` in each round, forwards and backwards by turns, so that a machine's drift favours none.
 
     Args:
         names: What to measure.
-        measure: Gives the measures of one. A RuntimeError is that one's failure alone, and the others go on.
+        run: Gives the measures of one. A RuntimeError is that one's failure alone, and the others go on.
         rounds: The number of rounds.
         minutes: No round is begun that would, at the pace so far, end after so many minutes; the first always is.
             `None` for no limit.
+        report: Gets what this returns, as far as it is known, after each round: to write it, so that hours of measuring
+            are not lost with the last of them, and to stop where going on is of no use.
 
     Returns:
-        For each of `names` its measures, one from each round; and for those that failed, why.
+        For each of `names` its measures, one from each round; and for those that failed, why, in a line (`brief`).
     """
     runs: dict[Any, list[dict[str, Any]]] = {name: [] for name in names}
     failures: dict[Any, str] = {}
@@ -127,14 +161,40 @@ def in_turn(
             if name in failures:
                 continue
             try:
-                runs[name].append(measure(name))
+                runs[name].append(run(name))
             except RuntimeError as error:
-                failures[name] = str(error)
+                failures[name] = brief(str(error))
                 del runs[name]
                 print(f"round {round_ + 1}: {name} failed: {error}", flush=True)
             else:
                 print(f"round {round_ + 1}: {name}: {shown(runs[name][-1])}", flush=True)
+        if report is not None:
+            report(runs, failures)
     return runs, failures
+
+
+def brief(why: str) -> str:
+    """The last line of an error, where Python says what it is, without the folders of this machine."""
+    last = (why.strip().splitlines() or [""])[-1]
+    # From the root or the home folder to the last separator; what follows a word, a dot or a colon is no such path.
+    return re.sub(r"(?<![\w.:/\\])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\":,]+[/\\])+", "", last)
+
+
+def rounds_of(runs: Mapping[Any, Sequence[Any]], failures: Mapping[Any, str]) -> int:
+    """How many rounds the measures of `in_turn` are from.
+
+    Raises:
+        RuntimeError: if all failed, with why.
+    """
+    if not runs:
+        told = "; ".join(f"{name}: {why}" for name, why in failures.items())
+        raise RuntimeError(f"Nothing could be measured. {told}")
+    return min(map(len, runs.values()))
+
+
+def processes(rounds: int) -> str:
+    """For tables: of how many processes a figure is the median."""
+    return f"medians of {rounds} fresh processes" if rounds > 1 else "one fresh process"
 
 
 def shown(measured: Mapping[str, Any]) -> str:
@@ -191,10 +251,13 @@ def at_most(value: float | None, limit: float) -> str:
 
 def command() -> str:
     """The command line that this process was started with, without the folders of this machine."""
-    words = []
+    words, before = [], ""
     for word in sys.argv[1:]:
         option, equals, value = word.partition("=")
-        words.append(word if not Path(value or word).is_absolute() else f"{option}=DIR" if equals else "DIR")
+        named = (option if equals else before).endswith("-dir")
+        is_folder = named or Path(value or word).is_absolute() or (value or word).startswith(("~/", "./", "../"))
+        words.append(word if not is_folder else f"{option}=DIR" if equals else "DIR")
+        before = word
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
 
 
@@ -203,19 +266,32 @@ PACKAGES = ("keras", "tensorflow", "jax", "numpy", "onnxruntime", "openvino", "t
 
 def versions() -> dict[str, str]:
     """The versions of those packages that figures depend on and that this interpreter has."""
-    installed = [name for name in PACKAGES if importlib.util.find_spec(name)]
-    return {name: importlib.metadata.version(name) for name in installed}
+    return {name: version_of(name) for name in PACKAGES if importlib.util.find_spec(name)}
 
 
-def machine() -> dict[str, Any]:
-    """What a figure depends on: processor, cores, versions of what is installed, date, and the command."""
+def version_of(name: str) -> str:
+    """The version of an importable package; "unknown" where no distribution says so."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        # A distribution of another name brings it, as tensorflow-cpu and onnxruntime-gpu do.
+        names = importlib.metadata.packages_distributions().get(name)
+        return importlib.metadata.version(names[0]) if names else "unknown"
+
+
+def machine(cores: int | None = None) -> dict[str, Any]:
+    """What a figure depends on: processor, cores, versions of what is installed, date, and the command.
+
+    Args:
+        cores: How many cores were to be used, as in `use_cores`; `None` for all that this process may use.
+    """
     model = "unknown"
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
     return {
         "processor": model,
-        "cores": os.cpu_count(),
+        "cores": len(allowed_cores(cores)),
         "python": platform.python_version(),
         "versions": versions(),
         "date": datetime.date.today().isoformat(),
