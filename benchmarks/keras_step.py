@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable
 
@@ -85,7 +86,9 @@ def measure(task: dict) -> dict:
         )
 
         def call():
-            model.train_on_batch(x, y)
+            loss = float(model.train_on_batch(x, y))
+            if not math.isfinite(loss):
+                raise RuntimeError(f"The loss is finite. Received {loss}.")
     else:
         call = forward_of(model, task["mode"] == "forward", jit, x)
 

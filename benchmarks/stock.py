@@ -13,12 +13,8 @@ import keras
 from per_step import EachStep
 
 from keras_dsr import layers
-
-STAGES = {
-    18: ((2, 2, 2, 2), (64, 128, 256, 512)),
-    **{6 * blocks + 2: ((blocks,) * 3, (16, 32, 64)) for blocks in (3, 5, 7, 9, 18)},
-}
-GROUPS = {11: ((64,), (128,), (256, 256), (512, 512), (512, 512))}
+from keras_dsr.models.preact_resnet import _STAGES as STAGES
+from keras_dsr.models.vgg import _GROUPS as GROUPS
 
 
 class _Build:

@@ -4,7 +4,8 @@ Four kinds of the same network, layer for layer and parameter for parameter:
 
 - "dsr": IF neurons that train by differentiation on spike representation, with a gradient at every time step. Written
   for these benchmarks from the paper's equations.
-- "sj-bptt": SpikingJelly's `IFNode`, reset by subtraction, backpropagation through time with its default surrogate.
+- "sj-bptt": SpikingJelly's `IFNode`, reset by subtraction, backpropagation through time with its default threshold and
+  surrogate.
 - "sj-dsr": SpikingJelly's `DSRIFNode`.
 - "ann": ReLU, and no time steps.
 
@@ -22,12 +23,25 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 KINDS = ("dsr", "sj-bptt", "sj-dsr", "ann")
+# Initial thresholds. The paper's, for its neurons; what `IFNode` has by default, for backpropagation through time: its
+# surrogate is about as wide as that, and ends the gradients of potentials that are far from a threshold of 6.
+THRESHOLDS = {"dsr": 6.0, "sj-dsr": 6.0, "sj-bptt": 1.0}
+# As in `keras_dsr.models`, which an interpreter with PyTorch need not have.
 STAGES = {
     18: ((2, 2, 2, 2), (64, 128, 256, 512)),
     **{6 * blocks + 2: ((blocks,) * 3, (16, 32, 64)) for blocks in (3, 5, 7, 9, 18)},
 }
 GROUPS = {11: ((64,), (128,), (256, 256), (512, 512), (512, 512))}
 ALPHA, LOWER_BOUND = 0.5, 0.01
+
+
+def flush_denormals() -> None:
+    """Lets the processor take numbers below float32's normal range for 0, as TensorFlow does.
+
+    Such numbers take it many times as long, and vanishing gradients are full of them. Threads get this from the one
+    that starts them: call it ahead of all work.
+    """
+    torch.set_flush_denormal(True)
 
 
 def _steps(like: Tensor, timesteps: int) -> Tensor:
@@ -38,19 +52,24 @@ def _steps(like: Tensor, timesteps: int) -> Tensor:
     return like.new_empty((timesteps, *like.shape))
 
 
+def simulate(current: Tensor, threshold: Tensor, alpha: float, timesteps: int, static: bool) -> Tensor:
+    """IF neurons: currents (time, batch, ...), or (batch, ...) where they are the same at every step, to spikes."""
+    first = current if static else current[0]
+    potential = torch.zeros_like(first, dtype=torch.float32)  # in half precision, too
+    outputs = _steps(first, timesteps)
+    for n in range(timesteps):
+        potential += current if static else current[n]  # Eq. 4
+        torch.mul(threshold, potential >= alpha * threshold, out=outputs[n])  # Eq. 20
+        potential -= outputs[n]
+    return outputs
+
+
 class _Fire(torch.autograd.Function):
     """Simulates IF neurons; differentiates the clamp that their representation follows."""
 
     @staticmethod
     def forward(ctx, current: Tensor, threshold: Tensor, alpha: float, timesteps: int, static: bool) -> Tensor:
-        # (time, batch, ...), or (batch, ...) for a current that is the same at every step.
-        first = current if static else current[0]
-        potential = torch.zeros_like(first, dtype=torch.float32)  # in half precision, too
-        outputs = _steps(first, timesteps)
-        for n in range(timesteps):
-            potential += current if static else current[n]  # Eq. 4
-            torch.mul(threshold, potential >= alpha * threshold, out=outputs[n])  # Eq. 20
-            potential -= outputs[n]
+        outputs = simulate(current, threshold, alpha, timesteps, static)
         ctx.save_for_backward(current if static else current.mean(dim=0), threshold)
         ctx.timesteps, ctx.static = timesteps, static
         return outputs
@@ -83,11 +102,13 @@ class DSRNeuron(nn.Module):
     def forward(self, x: Tensor, static: bool = False) -> Tensor:
         """Currents (time * batch, ...), or static ones (batch, ...), to spikes (time * batch, ...)."""
         current = x if static else x.unflatten(0, (self.timesteps, -1))
-        return _Fire.apply(current, self.threshold, ALPHA, self.timesteps, static).flatten(0, 1)
+        # Without gradients nobody asks for the mean current: it is not computed.
+        fire = _Fire.apply if torch.is_grad_enabled() else simulate
+        return fire(current, self.threshold, ALPHA, self.timesteps, static).flatten(0, 1)
 
 
 class SpikingJellyNeuron(nn.Module):
-    """A neuron of SpikingJelly in multi-step mode: one operation for all steps, chosen by it for the device.
+    """A neuron of SpikingJelly in multi-step mode, which runs all steps in one call.
 
     Args:
         kind: "sj-bptt" or "sj-dsr".
@@ -119,17 +140,17 @@ class _Activation(nn.Module):
 class _Kind:
     """Makes the neurons of a network, and puts its time steps in and out."""
 
-    def __init__(self, kind: str, timesteps: int | None, threshold: float) -> None:
+    def __init__(self, kind: str, timesteps: int | None) -> None:
         if kind not in KINDS:
             raise ValueError(f"kind is one of {KINDS}. Received kind={kind!r}.")
-        self.kind, self.timesteps, self.threshold = kind, timesteps, threshold
+        self.kind, self.timesteps = kind, timesteps
 
     def neuron(self) -> nn.Module:
         if self.kind == "ann":
             return _Activation()
         if self.kind == "dsr":
-            return DSRNeuron(self.timesteps, self.threshold)
-        return SpikingJellyNeuron(self.kind, self.timesteps, self.threshold)
+            return DSRNeuron(self.timesteps, THRESHOLDS[self.kind])
+        return SpikingJellyNeuron(self.kind, self.timesteps, THRESHOLDS[self.kind])
 
     def represent(self, x: Tensor) -> Tensor:
         return x if self.kind == "ann" else x.unflatten(0, (self.timesteps, -1)).mean(dim=0)
@@ -242,7 +263,6 @@ def build(
     timesteps: int | None,
     shape: tuple[int, int, int],
     classes: int = 10,
-    threshold: float = 6.0,
     widths: tuple[int, ...] = (),
 ) -> nn.Module:
     """A network by its name.
@@ -253,13 +273,12 @@ def build(
         timesteps: Number N of time steps; nothing for "ann".
         shape: Height, width and channels of an image, or of a frame.
         classes: Number of classes.
-        threshold: Initial threshold of all neurons.
         widths: Channels of the convolutions of "small_cnn".
 
     Raises:
         ValueError: if there is no such network or kind.
     """
-    make = _Kind(kind, timesteps, threshold)
+    make = _Kind(kind, timesteps)
     if network == "small_cnn":
         return SmallCNN(widths, make, classes, shape)
     if network.startswith("resnet") and int(network[6:]) in STAGES:

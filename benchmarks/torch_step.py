@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 
 from measure import timed, use_cores
@@ -23,6 +24,9 @@ def measure(task: dict) -> dict:
             "inference"), "batch", "repeats", "warmup"; "calls", how many are timed together, to divide by; "cores" that
             it may use; "form", the words "channels_last" and "compile", or neither; "device" and "precision"
             ("float32", "tf32", "bfloat16").
+
+    Raises:
+        RuntimeError: if what the network gives is not finite: the time of that tells nothing.
     """
     cores = use_cores(task.get("cores"))
     import torch
@@ -30,6 +34,7 @@ def measure(task: dict) -> dict:
     from torch.nn import functional
 
     torch.set_num_threads(cores)
+    torch_networks.flush_denormals()
     torch.manual_seed(0)
     device, precision = task.get("device", "cpu"), task.get("precision", "float32")
     form = task.get("form", "")
@@ -83,7 +88,9 @@ def measure(task: dict) -> dict:
     def call():
         for _ in range(calls - 1):
             one()
-        one().item()  # waits for all of them
+        value = one().item()  # waits for all of them
+        if not math.isfinite(value):
+            raise RuntimeError(f"The loss, or the sum of the logits, is finite. Received {value}.")
 
     result = {"build_s": time.perf_counter() - started, **timed(call, task["repeats"], task.get("warmup", 2))}
     result |= {name: result[name] / calls for name in ("wall_s", "cpu_s")}
