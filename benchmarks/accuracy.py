@@ -12,7 +12,7 @@
 
 The clock counts all CPU seconds of training, tracing and calibration among them, but not those of looking at the 5,000
 validation images on the way. The learning rate falls along a cosine to 0 at the end of each stage, whatever number of
-updates a side has made by then. The test images are not touched.
+updates a side has made by then. The test images are not touched. Results are written after each seed.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import tempfile
 from pathlib import Path
 
 import peers
-from measure import RESULTS, in_fresh_process, in_turn, machine, markdown, use_cores, write
-from steps import HERE, common
+from measure import RESULTS, in_fresh_process, in_turn, machine, markdown, rounds_of, use_cores, write
+from steps import FORM_TIMEOUT, HERE, common, forms_to_try
 
 WIDTHS = (32, 64, 64)
 WAYS = ("ours", "ours, hybrid", "PyTorch DSR")
@@ -53,7 +53,7 @@ def measure(task: dict) -> dict:
 
     Args:
         task: "way", "network", "timesteps", "threshold", "data" and "weights" (.npz files), "budget" in CPU seconds,
-            "batch", "every" (updates between looks), "learning_rate", "weight_decay", "seed", "cores".
+            "batch", "every" (CPU seconds between looks), "learning_rate", "weight_decay", "seed", "cores".
     """
     cores = use_cores(task["cores"])
     import budget
@@ -146,19 +146,20 @@ def fastest_form(options) -> str:
     }
 
     def run(form: str) -> dict:
-        return in_fresh_process(HERE / "torch_step.py", {**task, "form": form}, "torch", python=peers.python())
+        task["form"] = form
+        return in_fresh_process(HERE / "torch_step.py", task, "torch", python=peers.python(), timeout=FORM_TIMEOUT)
 
-    runs, failures = in_turn(["", "channels_last"], run, rounds=1)
-    if not runs:
-        raise RuntimeError(f"PyTorch does not run in any form: {failures}")
+    runs, failures = in_turn(forms_to_try(False), run, rounds=1)
+    rounds_of(runs, failures)
     return min(runs, key=lambda form: runs[form][0]["cpu_s"])
 
 
 def compare(options) -> None:
     """Trains in all ways with every seed; writes table and plot."""
-    import budget
-
     ways = [way for way in options.ways if options.peers or way != "PyTorch DSR"]
+    host = machine(options.cores)
+    if options.peers:
+        host["peers"] = peers.versions()
     form = fastest_form(options) if "PyTorch DSR" in ways else None
     with tempfile.TemporaryDirectory() as folder:
         prepare(options, Path(folder))
@@ -184,16 +185,25 @@ def compare(options) -> None:
                 return in_fresh_process(HERE / "torch_accuracy.py", task, "torch", python=peers.python())
             return in_fresh_process(__file__, task, "tensorflow")
 
-        keys = [(way, seed) for seed in range(options.seeds) for way in (ways if seed % 2 == 0 else ways[::-1])]
-        runs, failures = in_turn(keys, run, rounds=1)
+        runs, failures, table = {}, {}, ""
+        for seed in range(options.seeds):
+            found, failed = in_turn([(way, seed) for way in (ways if seed % 2 == 0 else ways[::-1])], run, rounds=1)
+            runs |= found
+            failures |= failed
+            rounds_of(runs, failures)
+            table = write_results(options, ways, host, form, runs, failures)
+    print(table)
 
-    host = machine()
-    if options.peers:
-        host["peers"] = peers.versions()
+
+def write_results(options, ways, host, form, runs, failures) -> str:
+    """Writes what was measured so far, with its plot, and gives the table."""
+    import budget
+
+    seeds = len({seed for _, seed in (*runs, *failures)})
     title = "a small convolutional network" if options.network == "small_cnn" else f"PreAct-{options.network}"
     lines = [
         f"`{host['command']}`: {title}, IF, N = {options.timesteps}, V_th = {options.threshold:g}, "
-        f"{options.examples:,} images of CIFAR-10, {options.budget:g} CPU seconds, {options.seeds} seeds; accuracy on "
+        f"{options.examples:,} images of CIFAR-10, {options.budget:g} CPU seconds, {seeds} seeds; accuracy on "
         f"{options.held_out:,} validation images; {host['cores']} cores of {host['processor']}, {host['date']}.",
         "",
     ]
@@ -217,18 +227,18 @@ def compare(options) -> None:
     header = ["", "accuracy at the end, %", "each seed", "updates (first seed)"]
     header += [f"CPU s to {level:g} %" for level in options.levels]
     lines += [*markdown(header, cells), ""]
-    lines += [f"{key} failed: {why.strip().splitlines()[-1]}\n" for key, why in failures.items()]
+    lines += [f"{way}, seed {seed} failed: {why}\n" for (way, seed), why in failures.items()]
     table = "\n".join(lines)
     results = {
         "machine": host,
         "options": {**vars(options), "data_dir": None},
         "form": form,
         "runs": rows,
-        "failures": {str(key): why.strip().splitlines()[-1] for key, why in failures.items()},
+        "failures": {f"{way}, seed {seed}": why for (way, seed), why in failures.items()},
     }
     write(f"{options.prefix}accuracy", results, table)
     plot(rows, options, RESULTS / f"{options.prefix}accuracy.png")
-    print(table)
+    return table
 
 
 def plot(runs: list[dict], options, path: Path) -> None:
@@ -268,18 +278,18 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--data-dir", type=Path, help="folder of tensorflow-datasets that has CIFAR-10")
-    made.add_argument("--network", choices=["small_cnn", "resnet18", "resnet20"], default="small_cnn")
-    made.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    made.add_argument("--timesteps", type=int, default=4)
-    made.add_argument("--threshold", type=float, default=1.0)
+    made.add_argument("--network", choices=["small_cnn", "resnet18", "resnet20"], default="small_cnn", help="which")
+    made.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="the sides")
+    made.add_argument("--timesteps", type=int, default=4, help="number N of time steps")
+    made.add_argument("--threshold", type=float, default=1.0, help="initial threshold, but of hybrid training")
     made.add_argument("--budget", type=float, default=300.0, help="CPU seconds of each training")
-    made.add_argument("--seeds", type=int, default=3)
-    made.add_argument("--examples", type=int, default=10_000)
-    made.add_argument("--held-out", type=int, default=5_000)
-    made.add_argument("--batch", type=int, default=64)
-    made.add_argument("--every", type=int, default=100, help="updates from one look at validation to the next")
-    made.add_argument("--learning-rate", type=float, default=0.05)
-    made.add_argument("--weight-decay", type=float, default=5e-4)
+    made.add_argument("--seeds", type=int, default=3, help="trainings of each side")
+    made.add_argument("--examples", type=int, default=10_000, help="images to train with")
+    made.add_argument("--held-out", type=int, default=5_000, help="images of validation")
+    made.add_argument("--batch", type=int, default=64, help="images in a batch")
+    made.add_argument("--every", type=float, default=15.0, help="CPU seconds from one look at validation to the next")
+    made.add_argument("--learning-rate", type=float, default=0.05, help="the largest, of all sides")
+    made.add_argument("--weight-decay", type=float, default=5e-4, help="of all weights, on all sides")
     made.add_argument("--levels", type=float, nargs="+", default=[30.0, 40.0, 50.0], help="accuracies in per cent")
     made.add_argument("--task", help=argparse.SUPPRESS)
     common(made)

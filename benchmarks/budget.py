@@ -72,7 +72,7 @@ def train(
     examples: Iterator[tuple[np.ndarray, np.ndarray]],
     clock: Clock,
     until: float,
-    every: int,
+    every: float,
     learning_rate: float,
     stage: str,
 ) -> list[dict]:
@@ -84,7 +84,8 @@ def train(
         examples: The batches.
         clock: The clock.
         until: Its reading at which this stage ends.
-        every: Updates from one look to the next; there is one at the end, too.
+        every: CPU seconds from one look to the next, so that all sides are looked at equally often; there is one at the
+            end, too.
         learning_rate: The largest.
         stage: What the rows are to call this.
 
@@ -92,19 +93,19 @@ def train(
         A row for each look: stage, CPU seconds, updates of this stage, accuracy.
     """
     start, rows, updates = clock.spent(), [], 0
+    due = start + every
 
-    def look() -> None:
-        spent = clock.spent()
+    def look(spent: float) -> None:
         with clock.paused():
             rows.append({"stage": stage, "cpu_s": spent, "updates": updates, "accuracy": accuracy()})
 
     while (spent := clock.spent()) < until:
+        if spent >= due:
+            look(spent)
+            due = spent + every
         step(*next(examples), cosine(learning_rate, (spent - start) / (until - start)))
         updates += 1
-        if updates % every == 0:
-            look()
-    if not rows or rows[-1]["updates"] != updates:
-        look()
+    look(spent)
     return rows
 
 

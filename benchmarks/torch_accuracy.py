@@ -17,7 +17,11 @@ def measure(task: dict) -> dict:
     from torch.nn import functional
 
     torch.set_num_threads(cores)
+    torch_networks.flush_denormals()
     data, weights = budget.load(task["data"]), budget.load(task["weights"])
+    x_held_out, y_held_out = budget.standardized(data["x_held_out"], data), data["y_held_out"]
+    clock = budget.Clock()  # as in `accuracy`: building the network counts
+    examples = budget.batches(data, task["batch"], task["seed"])
     layout = torch.channels_last if "channels_last" in task["form"] else torch.contiguous_format
     network = torch_networks.build(
         task["network"], "dsr", task["timesteps"], tuple(data["x"].shape[1:]), widths=tuple(task["widths"])
@@ -40,8 +44,6 @@ def measure(task: dict) -> dict:
             for threshold in bounded:
                 threshold.clamp_(min=torch_networks.LOWER_BOUND)
 
-    x_held_out, y_held_out = budget.standardized(data["x_held_out"], data), data["y_held_out"]
-
     def accuracy():
         network.eval()
         right = 0
@@ -51,8 +53,6 @@ def measure(task: dict) -> dict:
                 right += int((chosen == y_held_out[start : start + 250]).sum())
         return right / len(x_held_out)
 
-    clock = budget.Clock()
-    examples = budget.batches(data, task["batch"], task["seed"])
     rate, every = task["learning_rate"], task["every"]
     rows = budget.train(step, accuracy, examples, clock, task["budget"], every, rate, "spikes")
     return {"rows": rows, "cores": cores}
