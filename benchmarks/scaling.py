@@ -5,7 +5,8 @@
 
 For ours on TensorFlow and for the plain PyTorch DSR, each figure of fresh processes, forwards and backwards by turns.
 The slope is that of the line through the medians by linear least squares, beside it R^2, how much of the variance the
-line accounts for.
+line accounts for. PyTorch's forms are tried for each network at the largest N, as in `steps`. Results are written after
+each round.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import argparse
 import dataclasses
 
 import peers
-from measure import RESULTS, in_turn, line_fit, machine, markdown, median_of, write
-from steps import Case, common, fastest_forms, measure
+from measure import RESULTS, in_turn, line_fit, machine, markdown, median_of, processes, rounds_of, write
+from steps import Case, common, contests, fastest_forms, measure
 
 AXES = {
     "timesteps": "one more time step",
@@ -41,17 +42,7 @@ def share(slope: float, other: float | None) -> str | None:
 
 def compare(options) -> None:
     """Measures all points in turn; writes table and plot."""
-    import plots
-
     variants = [name for name in VARIANTS if options.peers or name == "ours"]
-    contest = argparse.Namespace(
-        networks=[options.network],
-        timesteps=options.timesteps,
-        batch=options.batch_size,
-        repeats=options.repeats,
-        cores=options.cores,
-    )
-    forms, form_rows = fastest_forms(variants, False, contest)
     places = {axis: points(axis, options) for axis in options.axes}
     # A case that two axes share is measured once.
     todo = list(
@@ -62,9 +53,28 @@ def compare(options) -> None:
             for variant in variants
         )
     )
-    runs, failures = in_turn(
-        todo, lambda case: measure(case, forms, options.repeats, options.cores), options.rounds, options.minutes
-    )
+    host = machine(options.cores)
+    if options.peers:
+        host["peers"] = peers.versions()
+    forms, form_rows = fastest_forms(contests(todo), False, options.repeats, options.cores)
+    table = ""
+
+    def report(runs, failures) -> None:
+        nonlocal table
+        table = write_results(options, places, variants, host, form_rows, runs, failures)
+
+    def run(case: Case) -> dict:
+        return measure(case, forms, options.repeats, options.cores)
+
+    in_turn(todo, run, options.rounds, options.minutes, report)
+    print(table)
+
+
+def write_results(options, places, variants, host, form_rows, runs, failures) -> str:
+    """Fits the lines, writes all that was measured so far, and gives the table."""
+    import plots
+
+    rounds = rounds_of(runs, failures)
     medians = {case: median_of(measured) for case, measured in runs.items()}
     slopes, rows = [], []
     for axis, where in places.items():
@@ -77,12 +87,9 @@ def compare(options) -> None:
                 fits = {name: line_fit(x, [median[name] for _, median in own]) for name in ("cpu_s", "peak_mb")}
                 slopes.append({"axis": axis, "variant": variant, "at": x, **fits})
 
-    host = machine()
-    if options.peers:
-        host["peers"] = peers.versions()
     lines = [
-        f"`{host['command']}`: a training step, {host['cores']} cores of {host['processor']}, {host['date']}; medians "
-        f"of {min(map(len, runs.values()))} fresh processes for each point. Unless it is what varies: "
+        f"`{host['command']}`: a training step, {host['cores']} cores of {host['processor']}, {host['date']}; "
+        f"{processes(rounds)} for each point. Unless it is what varies: "
         f"{options.network}, N = {options.steps} (for the batch and the depth), batch {options.batch_size}.",
         "",
     ]
@@ -104,11 +111,12 @@ def compare(options) -> None:
         )
     header = ["", "measured at", "", "CPU s", "R^2", "peak MB", "R^2", "CPU, of PyTorch DSR", "MB, of PyTorch DSR"]
     lines += [*markdown(header, cells), ""]
-    lines += [f"{case} failed: {why.strip().splitlines()[-1]}\n" for case, why in failures.items()]
+    lines += [f"{case} failed: {why}\n" for case, why in failures.items()]
     table = "\n".join(lines)
     results = {
         "machine": host,
         "options": vars(options),
+        "rounds": rounds,
         "forms": form_rows,
         "rows": rows,
         "slopes": slopes,
@@ -134,19 +142,19 @@ def compare(options) -> None:
             axes.legend(frameon=False, fontsize=9)
             plots.panel(axes, "", {"timesteps": "time steps N"}.get(axis, axis), unit)
     plots.save(figure, RESULTS / f"{options.prefix}scaling.png")
-    print(table)
+    return table
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--axes", nargs="+", choices=list(AXES), default=list(AXES))
+    made.add_argument("--axes", nargs="+", choices=list(AXES), default=list(AXES), help="what varies")
     made.add_argument("--network", default="resnet18", help="where the depth does not vary")
     made.add_argument("--steps", type=int, default=10, help="N, where it does not vary")
     made.add_argument("--batch-size", type=int, default=8, help="the batch, where it does not vary")
-    made.add_argument("--timesteps", type=int, nargs="+", default=[5, 10, 20, 40])
-    made.add_argument("--depth", type=int, nargs="+", default=[20, 32, 44, 56, 110])
-    made.add_argument("--batch", type=int, nargs="+", default=[4, 8, 16, 32])
+    made.add_argument("--timesteps", type=int, nargs="+", default=[5, 10, 20, 40], help="values of N")
+    made.add_argument("--depth", type=int, nargs="+", default=[20, 32, 44, 56, 110], help="depths of PreAct-ResNets")
+    made.add_argument("--batch", type=int, nargs="+", default=[4, 8, 16, 32], help="sizes of the batch")
     made.add_argument("--repeats", type=int, default=3, help="timed calls in a process")
     made.add_argument("--rounds", type=int, default=2, help="processes for each figure")
     common(made)

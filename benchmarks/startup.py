@@ -5,7 +5,8 @@
 
 Each figure is of fresh processes, by turns. What `import keras_dsr` adds is timed in a process that has imported Keras
 just before; beside it stands the difference between processes that import the one and the other, in which all noise of
-importing Keras and its backend is, too.
+importing Keras and its backend is, too. PyTorch's first step is of the network as it comes, in no form of memory or
+compilation. Results are written after each of the two parts.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import time
 
 import peers
-from measure import in_fresh_process, in_turn, machine, markdown, median_of, write
+from measure import in_fresh_process, in_turn, machine, markdown, median_of, processes, rounds_of, write
 from steps import TITLES, VARIANTS, Case, common, measure
 
 COMPILED = ("ours", "ours, XLA", "ours, JAX", "PyTorch DSR")
@@ -44,8 +45,9 @@ def measure_import(task: dict) -> dict:
 def compare(options) -> None:
     """Measures imports and first steps; writes the tables."""
     backends = [backend for backend in ("tensorflow", "jax") if backend in options.backends]
-    lines: list[str] = []
-    results: dict = {"options": vars(options), "imports": [], "first_steps": []}
+    host = machine(options.cores)
+    lines = [f"`{host['command']}`: {host['cores']} cores of {host['processor']}, {host['date']}.", ""]
+    results: dict = {"machine": host, "options": vars(options), "imports": [], "first_steps": [], "failures": {}}
     if "imports" in options.only:
         todo = [(what, backend) for backend in backends for what in ("keras", "keras_dsr")]
         runs, failures = in_turn(
@@ -53,6 +55,7 @@ def compare(options) -> None:
         )
         if failures:
             raise RuntimeError(f"An import failed: {failures}")
+        results["rounds"] = rounds = rounds_of(runs, failures)
         cells = []
         for backend in backends:
             plain, ours = median_of(runs["keras", backend]), median_of(runs["keras_dsr", backend])
@@ -70,7 +73,9 @@ def compare(options) -> None:
                 ]
             )
         header = ["backend", "`import keras`, s", "`import keras_dsr` adds, s", "CPU s", "difference of processes, s"]
-        lines += ["## Import", "", *markdown([*header, "packages that it brings in"], cells), ""]
+        lines += ["## Import", "", f"Figures are {processes(rounds)}.", ""]
+        lines += [*markdown([*header, "packages that it brings in"], cells), ""]
+        write(f"{options.prefix}startup", results, "\n".join(lines))
     if "first-steps" in options.only:
         names = [name for name in COMPILED if VARIANTS[name].backend in (*backends, *["torch"] * options.peers)]
         cases = [
@@ -81,6 +86,10 @@ def compare(options) -> None:
         runs, failures = in_turn(
             cases, lambda case: measure(case, {}, 1, options.cores), options.rounds, options.minutes
         )
+        rounds = rounds_of(runs, failures)
+        results |= {"failures": {str(case): why for case, why in failures.items()}, "first_steps_rounds": rounds}
+        if options.peers:
+            host["peers"] = peers.versions()
         cells = []
         for case, measured in runs.items():
             row = median_of(measured)
@@ -88,26 +97,25 @@ def compare(options) -> None:
             name = TITLES[case.network]
             cells.append([name, case.variant, f"{row['build_s']:.1f}", f"{row['first_s']:.1f}", f"{row['wall_s']:.2f}"])
         lines += [f"## First training step, N = {options.timesteps}, batch {options.batch}", ""]
-        lines += [*markdown(["network", "", "build, s", "first step, s", "later step, s"], cells), ""]
-        lines += [f"{case} failed: {why.strip().splitlines()[-1]}\n" for case, why in failures.items()]
-    host = results["machine"] = machine()
-    if "first-steps" in options.only and options.peers:
-        host["peers"] = peers.versions()
-    head = f"`{host['command']}`: {host['cores']} cores of {host['processor']}, {host['date']}; medians of "
-    table = "\n".join([f"{head}{options.rounds} fresh processes.", "", *lines])
-    write(f"{options.prefix}startup", results, table)
-    print(table)
+        lines += [f"Wall seconds, {processes(rounds)}; PyTorch as it comes.", ""]
+        lines += [*markdown(["network", "", "build, s", "first step, s", "third step, s"], cells), ""]
+        lines += [f"{case} failed: {why}\n" for case, why in failures.items()]
+        write(f"{options.prefix}startup", results, "\n".join(lines))
+    print("\n".join(lines))
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ["imports", "first-steps"]
-    made.add_argument("--only", nargs="+", choices=parts, default=parts)
-    made.add_argument("--backends", nargs="+", choices=["tensorflow", "jax"], default=["tensorflow", "jax"])
-    made.add_argument("--networks", nargs="+", choices=list(TITLES), default=["resnet18", "resnet20"])
-    made.add_argument("--timesteps", type=int, default=20)
-    made.add_argument("--batch", type=int, default=8)
+    made.add_argument("--only", nargs="+", choices=parts, default=parts, help="the part to measure; both, if not given")
+    both = ["tensorflow", "jax"]
+    made.add_argument("--backends", nargs="+", choices=both, default=both, help="of Keras")
+    made.add_argument(
+        "--networks", nargs="+", choices=list(TITLES), default=["resnet18", "resnet20"], help="of the first steps"
+    )
+    made.add_argument("--timesteps", type=int, default=20, help="number N of time steps")
+    made.add_argument("--batch", type=int, default=8, help="images in a batch")
     made.add_argument("--rounds", type=int, default=5, help="processes for each figure")
     made.add_argument("--task", help=argparse.SUPPRESS)
     common(made)

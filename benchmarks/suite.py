@@ -3,9 +3,10 @@
     python benchmarks/suite.py                        # the quick form, under 10 minutes on 2 cores: `make bench`
     python benchmarks/suite.py --full --data-dir DIR  # hours: `make bench-full DATA_DIR=DIR`
 
-The quick form measures what `summary` has targets for: PreAct-ResNet-18 at N = 5 and 20, and the import. The full one
-measures all: `steps`, `scaling`, `startup`, and with a data folder `accuracy`. Each of these is a script of its own,
-with options. Results are in `benchmarks/results`, those of the quick form with names that start with "quick_".
+The quick form measures what `summary` has targets for and no more: PreAct-ResNet-18 at N = 20, for the growth of memory
+also at N = 40, and the import. The full one measures all: `steps`, `scaling`, `startup`, and with a data folder
+`accuracy`. Each of these is a script of its own, with options. Results are in `benchmarks/results`, those of the quick
+form with names that start with "quick_".
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ def parts(options) -> list[tuple[str, object, list[str]]]:
         everywhere += ["--cores", str(options.cores)]
     if not options.full:
         everywhere += ["--prefix", QUICK]
-        compared = ["ours", "ours, forward", "PyTorch DSR", "SpikingJelly BPTT", "ANN, Keras"]
-        small = ["--networks", "resnet18", "--timesteps", "5", "20", "--repeats", "3", "--rounds", "3"]
+        small = ["--targets", "--networks", steps.NETWORK, "--timesteps", *map(str, steps.GROWTH_AT)]
+        small += ["--forms-at", str(steps.TIMESTEPS), "--repeats", "3", "--rounds", "3", "--minutes", "7"]
         return [
             ("startup", startup, ["--only", "imports", "--backends", "tensorflow", "--rounds", "3", *everywhere]),
-            # Half a minute is the contest of PyTorch's forms, which is not among these minutes.
-            ("steps", steps, [*small, "--minutes", "7", "--variants", *compared, *everywhere]),
+            # A minute or two is the contest of PyTorch's forms, which is not among these seven.
+            ("steps", steps, [*small, *everywhere]),
         ]
     found = [
         ("startup", startup, everywhere),
