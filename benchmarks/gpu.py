@@ -4,36 +4,51 @@
     python benchmarks/gpu.py --smoke           # the same in tiny form, on a CPU too; writes no results
 
 TensorFlow takes no part, and need not be installed. PyTorch is that of the interpreter which `KERAS_DSR_PEER_PYTHON`
-names, of the benchmarks' own environment, or of this one; where none has CUDA it is left out, with a word.
+names, of the benchmarks' own environment, or of this one: the first that has CUDA. Where none has, PyTorch is left out,
+with a word. It is first tried in several forms, in each precision at the largest N (channels last in memory or first,
+each with torch.compile, too), and measured in the one that takes the fewest seconds.
 
 Each figure is of a fresh process. Floating-point operations are counted by hand, from the shapes of convolutions and
 dense layers, two for a multiplication with its addition (XLA's own count, where it gives one, is in the JSON file).
 For F of an image in one forward pass, S of them in the stem, that is N (F - S) + 3 F - S for a step of ours, and
 3 N (F - S) + 2 S with a gradient at every step. The ceiling is what a large matrix product and a large convolution
-reach in the same precision, on the same GPU, in the same run. An epoch is 390 steps on a batch that is on the GPU
-already: reading data is not in it.
+reach in the same precision, on the same GPU, in the same run. An epoch is as many steps as there are whole
+batches in 50,000 images, on a batch that is on the GPU already: reading data is not in it. Results are written after
+each round.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import os
-import subprocess
 import sys
 import time
+from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import peers
-from measure import RESULTS, in_fresh_process, in_turn, machine, markdown, median_of, shown, timed, write
-from steps import HERE
+from measure import (
+    RESULTS,
+    brief,
+    in_fresh_process,
+    in_turn,
+    machine,
+    markdown,
+    median_of,
+    processes,
+    rounds_of,
+    shown,
+    timed,
+    write,
+)
+from steps import FORM_TIMEOUT, HERE, VARIANTS, forms_to_try
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
-KINDS = {"ours, JAX": "dsr", "PyTorch DSR": "dsr", "SpikingJelly BPTT": "sj-bptt", "SpikingJelly DSRIFNode": "sj-dsr"}
-CLASSES, EPOCH = 10, 390
+SIDES = ("ours, JAX", "PyTorch DSR", "SpikingJelly BPTT", "SpikingJelly DSRIFNode")
+CLASSES, EPOCH_IMAGES = 10, 50_000
 
 
 def flops_of(model, first: str = "stem_conv") -> tuple[int, int]:
@@ -51,7 +66,7 @@ def flops_of_step(side: str, every: int, stem: int, timesteps: int) -> int:
     """Floating-point operations of a training step on one image.
 
     Args:
-        side: One of `KINDS`.
+        side: One of `SIDES`.
         every: Those of one forward pass of the ANN of the same shape.
         stem: Those of them that are ahead of the first neuron: once, whatever N, and without a gradient of the input.
         timesteps: Number N of time steps.
@@ -173,14 +188,47 @@ def measure(task: dict) -> dict:
     return measure_ceiling(task) if "sizes" in task else measure_step(task)
 
 
-def torch_python() -> tuple[str | None, bool]:
-    """The interpreter that has PyTorch, if there is one, and whether it has CUDA."""
-    python = peers.found() or (sys.executable if importlib.util.find_spec("torch") else None)
-    if python is None:
-        return None, False
-    code = "import torch; print(torch.cuda.is_available())"
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
-    return str(python), done.stdout.split()[-1] == "True"
+def torch_python(cuda: bool) -> tuple[Path | None, str]:
+    """The first interpreter whose PyTorch has CUDA, or has none, as asked for; where there is none, why."""
+    told = []
+    for python in peers.candidates():
+        try:
+            answer = peers.ask(python, "import torch; print(torch.cuda.is_available())")
+        except RuntimeError as error:
+            told.append(brief(str(error)))
+            continue
+        if (answer == "True") == cuda:
+            return python, ""
+        told.append(f"PyTorch of {python.name} has {'no ' if cuda else ''}CUDA")
+    return None, "; ".join(told) or "it is not installed"
+
+
+def torch_forms(sides: list[str], options, run) -> tuple[dict[tuple[str, str], str], list[dict]]:
+    """For each side of PyTorch and precision, the form that takes the fewest seconds at the largest N.
+
+    Args:
+        sides: The sides.
+        options: Numbers of time steps, precisions, and whether torch.compile is tried.
+        run: Measures a side, N and a precision in a form.
+
+    Returns:
+        The words of the form by side and precision; and a row for each form that was tried.
+    """
+    best, rows, most = {}, [], max(options.timesteps)
+    for side in sides:
+        for precision in options.precisions:
+            print(f"forms of PyTorch: {side}, {precision}", flush=True)
+            runs, failures = in_turn(
+                forms_to_try(options.compile),
+                lambda form, side=side, precision=precision: run((side, most, precision), form, trial=True),
+                rounds=1,
+            )
+            about = {"side": side, "precision": precision, "timesteps": most}
+            own = [{**about, "form": form, **median_of(measured)} for form, measured in runs.items()]
+            if own:
+                best[side, precision] = min(own, key=lambda row: row["wall_s"])["form"]
+            rows += own + [{**about, "form": form, "failed": why} for form, why in failures.items()]
+    return best, rows
 
 
 def compare(options) -> None:
@@ -188,7 +236,7 @@ def compare(options) -> None:
     if options.smoke:
         options.network, options.shape, options.batch, options.timesteps = "resnet20", [8, 8, 3], 2, [2]
         options.repeats = options.rounds = options.calls = 1
-        options.sizes = [64, 2, 8, 8]
+        options.sizes, options.compile = [64, 2, 8, 8], False
     base = {"repeats": options.repeats, "calls": options.calls}
     ceilings = {
         precision: in_fresh_process(__file__, {**base, "precision": precision, "sizes": options.sizes}, "jax")
@@ -197,14 +245,11 @@ def compare(options) -> None:
     for precision, ceiling in ceilings.items():
         print(f"ceiling, {precision}: {shown(ceiling)}", flush=True)
     on_gpu = next(iter(ceilings.values()))["platform"] != "cpu"
-    python, cuda = torch_python() if options.peers else (None, False)
-    sides = [side for side in options.sides if side == "ours, JAX" or (python and cuda == on_gpu)]
-    notes = []
-    if len(sides) < len(options.sides):
-        why = "it is not installed" if python is None else f"its build has {'' if cuda else 'no '}CUDA"
-        notes.append(f"PyTorch was left out: {why if options.peers else '--no-peers was given'}.")
+    python, why = torch_python(on_gpu) if options.peers else (None, "--no-peers was given")
+    sides = [side for side in options.sides if side == "ours, JAX" or python]
+    notes = [f"PyTorch was left out: {why}."] if len(sides) < len(options.sides) else []
 
-    def run(key: tuple[str, int, str]) -> dict:
+    def run(key: tuple[str, int, str], form: str | None = None, trial: bool = False) -> dict:
         side, timesteps, precision = key
         task = {
             **base,
@@ -216,34 +261,60 @@ def compare(options) -> None:
         }
         if side == "ours, JAX":
             return in_fresh_process(__file__, task, "jax")
-        task |= {"kind": KINDS[side], "mode": "train", "device": "cuda" if cuda else "cpu", "form": options.form}
-        measured = in_fresh_process(HERE / "torch_step.py", task, "torch", python=python)
+        task |= {"kind": VARIANTS[side].kind, "mode": "train", "device": "cuda" if on_gpu else "cpu"}
+        task["form"] = forms.get((side, precision), "") if form is None else form
+        if trial:  # a few steps tell which form is the faster
+            task |= {"repeats": 1, "calls": min(options.calls, 3)}
+        timeout = FORM_TIMEOUT if trial else None
+        measured = in_fresh_process(HERE / "torch_step.py", task, "torch", python=python, timeout=timeout)
         return {**measured, "platform": task["device"]}
 
+    forms, form_rows = torch_forms([side for side in sides if side != "ours, JAX"], options, run)
+    host = machine()
+    if len(sides) > 1:
+        host["peers"] = peers.versions(python)
     keys = [(side, n, precision) for n in options.timesteps for precision in options.precisions for side in sides]
-    runs, failures = in_turn(keys, run, options.rounds)
+    table = ""
+
+    def report(runs, failures) -> None:
+        nonlocal table
+        rounds = rounds_of(runs, failures)
+        rows = rows_of(runs, forms, options)
+        host["device"] = next((row["device"] for row in rows if "device" in row), None)
+        table = table_of(rows, ceilings, [*notes, *(f"{key} failed: {why}" for key, why in failures.items())])
+        table = (
+            f"`{host['command']}`: {options.network}, batch {options.batch}, {host['device']}, {host['date']}; "
+            f"{processes(rounds)} for each figure.\n\n{table}"
+        )
+        if not options.smoke:
+            results = {"machine": host, "options": vars(options), "rounds": rounds, "ceilings": ceilings, "rows": rows}
+            results |= {"forms": form_rows, "notes": notes}
+            results["runs"] = [{"key": key, "measured": measured} for key, measured in runs.items()]
+            results["failures"] = {str(key): why for key, why in failures.items()}
+            write("gpu", results, table)
+            plot(rows, ceilings, host)
+
+    in_turn(keys, run, options.rounds, report=report)
+    print(table)
+
+
+def rows_of(runs: dict, forms: dict[tuple[str, str], str], options) -> list[dict]:
+    """A row for each side, N and precision, with all that a reader of it needs to know what was measured."""
     rows = []
     for (side, timesteps, precision), measured in runs.items():
         row = median_of([{name: value for name, value in run.items() if value is not None} for run in measured])
         ours = runs.get(("ours, JAX", timesteps, precision))
         if ours and side != "ours, JAX":
             row["flops"] = ours[0]["flops_every_step"]
-        row |= {"side": side, "timesteps": timesteps, "precision": precision, "batch": options.batch}
-        row["epoch_s"] = EPOCH * row["wall_s"]
+        row |= {"side": side, "timesteps": timesteps, "precision": precision, "form": forms.get((side, precision))}
+        row |= {"network": options.network, "shape": list(options.shape), "batch": options.batch}
+        row["epoch_s"] = EPOCH_IMAGES // options.batch * row["wall_s"]
         rows.append(row)
+    return rows
 
-    host = machine()
-    if len(sides) > 1:
-        peer = subprocess.run(
-            [python, "-c", "import torch; print(torch.__version__)"], capture_output=True, text=True, check=True
-        )
-        host["peers"] = {"torch": peer.stdout.strip()}
-    host["device"] = next((row["device"] for row in rows if "device" in row), None)
-    lines = [
-        f"`{host['command']}`: {options.network}, batch {options.batch}, {host['device']}, {host['date']}; medians of "
-        f"{options.rounds} fresh processes. PyTorch: {options.form or 'as it comes'}.",
-        "",
-    ]
+
+def table_of(rows: list[dict], ceilings: dict, notes: list[str]) -> str:
+    """The Markdown tables."""
     cells = []
     for row in rows:
         ceiling = ceilings[row["precision"]]
@@ -261,6 +332,7 @@ def compare(options) -> None:
                 row["precision"],
                 row["timesteps"],
                 row["side"],
+                {None: None, "": "as it comes"}.get(row["form"], row["form"]),
                 f"{1000 * row['wall_s']:.2f}",
                 f"{row['peak_mb']:.0f}",
                 f"{row['epoch_s']:.1f}",
@@ -270,21 +342,13 @@ def compare(options) -> None:
                 f"{row['wall_s'] / ours['wall_s']:.2f}" if ours else None,
             ]
         )
-    header = ["precision", "N", "", "step ms", "peak MB", f"epoch ({EPOCH} steps) s", "TFLOP/s", "of matmul"]
-    lines += [*markdown([*header, "of convolution", "time, of ours"], cells), "", "Ceilings, TFLOP/s:", ""]
+    header = ["precision", "N", "", "form", "step ms", "peak MB", "epoch s", "TFLOP/s", "of matmul"]
+    lines = [*markdown([*header, "of convolution", "time, of ours"], cells), "", "Ceilings, TFLOP/s:", ""]
     lines += markdown(
         ["precision", "matrix product", "convolution"],
         [[name, f"{c['matmul'] / 1e12:.3g}", f"{c['convolution'] / 1e12:.3g}"] for name, c in ceilings.items()],
     )
-    lines += ["", *notes, *(f"{key} failed: {why.strip().splitlines()[-1]}" for key, why in failures.items()), ""]
-    table = "\n".join(lines)
-    if not options.smoke:
-        results = {"machine": host, "options": vars(options), "ceilings": ceilings, "rows": rows, "notes": notes}
-        results["runs"] = [{"key": key, "measured": measured} for key, measured in runs.items()]
-        results["failures"] = {str(key): why for key, why in failures.items()}
-        write("gpu", results, table)
-        plot(rows, ceilings, host)
-    print(table)
+    return "\n".join([*lines, "", *notes, ""])
 
 
 def plot(rows: list[dict], ceilings: dict, host: dict) -> None:
@@ -308,15 +372,15 @@ def plot(rows: list[dict], ceilings: dict, host: dict) -> None:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--network", choices=["resnet18", "resnet20"], default="resnet18")
+    made.add_argument("--network", choices=["resnet18", "resnet20"], default="resnet18", help="which")
     made.add_argument("--shape", type=int, nargs=3, default=[32, 32, 3], help="height, width, channels")
-    made.add_argument("--batch", type=int, default=128)
-    made.add_argument("--timesteps", type=int, nargs="+", default=[5, 20])
-    made.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    made.add_argument("--batch", type=int, default=128, help="images in a batch")
+    made.add_argument("--timesteps", type=int, nargs="+", default=[5, 20], help="numbers N of time steps")
     made.add_argument(
-        "--sides", nargs="+", choices=list(KINDS), default=["ours, JAX", "PyTorch DSR", "SpikingJelly BPTT"]
+        "--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="which; all, if not given"
     )
-    made.add_argument("--form", default="channels_last", help="of PyTorch: channels_last, compile, both or neither")
+    made.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES[:3]), help="what is compared")
+    made.add_argument("--no-compile", dest="compile", action="store_false", help="without trying torch.compile")
     made.add_argument("--repeats", type=int, default=5, help="timed calls in a process")
     made.add_argument("--calls", type=int, default=10, help="steps in a timed call")
     made.add_argument("--rounds", type=int, default=3, help="processes for each figure")

@@ -2,6 +2,8 @@
 
 python benchmarks/summary.py                     # of the full form
 python benchmarks/summary.py --prefix quick_     # of `make bench`
+
+The GPU's results and those of whole numbers are of scripts that have one form, so that theirs have no prefix.
 """
 
 from __future__ import annotations
@@ -11,10 +13,12 @@ import dataclasses
 import json
 from typing import Any
 
-from measure import RESULTS, at_most, machine, markdown, write
-from steps import find, memory_growth
+from measure import RESULTS, at_most, machine, markdown, processes, write
+from steps import BATCH, NETWORK, TIMESTEPS, find, memory_growth
 
-NETWORK, TIMESTEPS, BATCH = "resnet18", 20, 8
+# Where the targets on a GPU are, and those of inference in whole numbers.
+GPU_AT = {"network": NETWORK, "shape": [32, 32, 3], "batch": 128, "timesteps": TIMESTEPS}
+INTEGER_TIMESTEPS, INTEGER_AT = 4, ("preact_resnet18", "8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +43,9 @@ class Target:
         return at_most(self.value, self.limit)
 
 
-def over(row: dict | None, other: dict | None, measure: str = "cpu_s") -> float | None:
+def over(row: dict | None, other: dict | None, what: str = "cpu_s") -> float | None:
     """How many times the other's a row's measure is; `None` if one is missing."""
-    return row[measure] / other[measure] if row and other else None
+    return row[what] / other[what] if row and other else None
 
 
 def of_steps(rows: list[dict]) -> list[Target]:
@@ -50,9 +54,12 @@ def of_steps(rows: list[dict]) -> list[Target]:
     step = {name: find(rows, mode="train", variant=name, **at) for name in {row["variant"] for row in rows}}
     ours, forward = step.get("ours"), step.get("ours, forward")
     growth = memory_growth([row for row in rows if row["network"] == NETWORK and row["mode"] == "train"])
-    grown = None
-    if "ours" in growth and growth.get("PyTorch DSR", 0) > 0:
-        grown = growth["ours"] / growth["PyTorch DSR"]
+    grown, between = None, ""
+    if "ours" in growth and "PyTorch DSR" in growth:
+        (own, steps), (other, other_steps) = growth["ours"], growth["PyTorch DSR"]
+        # What does not grow was drowned in noise: that is no measure of how much less it grows.
+        if steps == other_steps and own > 0 and other > 0:
+            grown, between = own / other, f" from {steps[0]} to {steps[-1]}"
     inference = find(rows, mode="inference", variant="ours", **at)
     same = {**at, "timesteps": None, "batch": BATCH * TIMESTEPS}
     ann = find(rows, mode="inference", variant="ANN, Keras", **same)
@@ -65,7 +72,7 @@ def of_steps(rows: list[dict]) -> list[Target]:
             "1/5",
         ),
         Target("a training step's CPU seconds, of our own forward pass's", 1.2, over(ours, forward), "1.2"),
-        Target("growth of peak memory with N, of PyTorch DSR's", 1 / 6, grown, "1/6"),
+        Target(f"growth of peak memory with N{between}, of PyTorch DSR's", 1 / 6, grown, "1/6"),
         Target(
             f"inference's CPU seconds, of Keras' ANN's on as many images as steps ({BATCH} x {TIMESTEPS})",
             1.1,
@@ -82,20 +89,38 @@ def of_startup(results: dict | None) -> list[Target]:
 
 
 def of_gpu(results: dict | None) -> list[Target]:
-    """The targets on a GPU; none of them is measured where the results are a CPU's."""
+    """The targets on a GPU; none of them is measured where the results are a CPU's, or those of another network."""
     rows = [row for row in (results or {}).get("rows", []) if row["platform"] in ("gpu", "cuda")]
     targets = []
     for precision in ("float32", "tf32"):
-        at = {"timesteps": 20, "precision": precision, "batch": 128}
-        ours, other = (find(rows, side=side, **at) for side in ("ours, JAX", "PyTorch DSR"))
+        ours, other = (find(rows, side=side, precision=precision, **GPU_AT) for side in ("ours, JAX", "PyTorch DSR"))
         targets.append(
-            Target(f"GPU, {precision}, N = 20: an epoch, of PyTorch DSR's", 1 / 5, over(ours, other, "wall_s"), "1/5")
+            Target(
+                f"GPU, {precision}, batch 128: an epoch, of PyTorch DSR's", 1 / 5, over(ours, other, "wall_s"), "1/5"
+            )
         )
-    epochs = [row["epoch_s"] for row in rows if row["side"] == "ours, JAX" and row["timesteps"] == 20]
+    precisions = dict.fromkeys(row["precision"] for row in rows)
+    ours = [find(rows, side="ours, JAX", precision=precision, **GPU_AT) for precision in precisions]
+    epochs = [row["epoch_s"] for row in ours if row]
     targets.append(
-        Target("GPU: seconds of an epoch, N = 20, in the fastest precision", 15.0, min(epochs, default=None), "15")
+        Target("GPU, batch 128: seconds of an epoch in the fastest precision", 15.0, min(epochs, default=None), "15")
     )
     return targets
+
+
+def of_integers(results: dict | None) -> tuple[list[Target], list[dict]]:
+    """The target for inference in whole numbers; and of each network and batch what it takes, of the float32 ANN's."""
+    rows = []
+    if results and results["settings"]["timesteps"] == INTEGER_TIMESTEPS:
+        rows = [
+            {"network": network, "batch": batch, "of_ann": over(forms["whole numbers"], forms["ANN"])}
+            for network, measured in results["results"].items()
+            for batch, forms in measured["batches"].items()
+        ]
+    network, batch = INTEGER_AT
+    aimed = find(rows, network=network, batch=batch)
+    what = f"ONNX Runtime, whole numbers of 8 bits, N = {INTEGER_TIMESTEPS}, batch {batch}: inference's CPU seconds, "
+    return [Target(f"{what}of the float32 ANN's", 1.5, aimed and aimed["of_ann"], "1.5")], rows
 
 
 def table_of(targets: list[Target]) -> list[str]:
@@ -115,17 +140,17 @@ def table_of(targets: list[Target]) -> list[str]:
 def compare(options: Any) -> None:
     """Reads what was measured, and writes the table."""
     read = {}
-    for name in ("steps", "startup", "gpu"):
-        path = RESULTS / f"{options.prefix}{name}.json"
+    for name in ("steps", "startup", "gpu", "integer_inference"):
+        prefix = options.prefix if name in ("steps", "startup") else ""
+        path = RESULTS / f"{prefix}{name}.json"
         read[name] = json.loads(path.read_text()) if path.is_file() else None
     targets = of_steps(read["steps"]["rows"] if read["steps"] else [])
-    targets += [*of_startup(read["startup"]), *of_gpu(read["gpu"])]
-    sources = [
-        f"{name}: {result['machine']['date']}, {result['machine']['cores']} cores of {result['machine']['processor']}, "
-        f"`{result['machine']['command']}`"
-        for name, result in read.items()
-        if result
-    ]
+    integers, of_ann = of_integers(read["integer_inference"])
+    targets += [*of_startup(read["startup"]), *of_gpu(read["gpu"]), *integers]
+    sources = [source(name, result) for name, result in read.items() if result]
+    if of_ann:
+        told = [f"{row['network']}, batch {row['batch']}: {row['of_ann']:.2f}" for row in of_ann]
+        sources.insert(0, f"whole numbers, of the float32 ANN's CPU seconds: {'; '.join(told)}")
     lines = [
         f"PreAct-ResNet-18, N = {TIMESTEPS}, batch {BATCH}, TensorFlow without XLA, unless it says otherwise.",
         "",
@@ -136,8 +161,16 @@ def compare(options: Any) -> None:
     ]
     table = "\n".join(lines)
     rows = [{**dataclasses.asdict(target), "verdict": target.verdict} for target in targets]
-    write(f"{options.prefix}summary", {"machine": machine(), "targets": rows}, table)
+    write(f"{options.prefix}summary", {"machine": machine(), "targets": rows, "whole_numbers": of_ann}, table)
     print(table)
+
+
+def source(name: str, results: dict) -> str:
+    """Where figures are from: date, machine, command, and how many processes each is the median of."""
+    host = results["machine"]
+    where = host.get("device") or f"{host['cores']} cores of {host['processor']}"
+    rounds = f", {processes(results['rounds'])} for each figure" if "rounds" in results else ""
+    return f"{name}: {host['date']}, {where}{rounds}, `{host['command']}`"
 
 
 def parser() -> argparse.ArgumentParser:
