@@ -17,7 +17,8 @@ from __future__ import annotations
 import argparse
 import json
 
-from measure import in_fresh_process, machine, median_of, timed, write
+from keras_step import forward_of
+from measure import in_fresh_process, in_turn, machine, median_of, timed, write
 
 CLASSES, SHAPE = 10, (32, 32, 3)
 
@@ -45,39 +46,34 @@ def measure(task: dict) -> dict[str, float]:
     x = np.random.default_rng(0).random((batch, *SHAPE), dtype="float32")
     y = np.arange(batch) % CLASSES
 
-    if variant != "forward":
-        result = timed(lambda: model.train_on_batch(x, y), task["repeats"])
-    elif keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        forward = tf.function(lambda x: model(x, training=True), jit_compile=task["jit"])
-        x = tf.constant(x)
-        result = timed(lambda: forward(x).numpy(), task["repeats"])
+    if variant == "forward":
+        call = forward_of(model, True, task["jit"], x)
     else:
-        import jax
 
-        weights = [w.value for w in model.trainable_variables]
-        state = [w.value for w in model.non_trainable_variables]
-        forward = jax.jit(lambda w, s, x: model.stateless_call(w, s, x, training=True))
-        result = timed(lambda: jax.block_until_ready(forward(weights, state, x)), task["repeats"])
-    return {**result, "parameters": model.count_params()}
+        def call():
+            model.train_on_batch(x, y)
+
+    return {**timed(call, task["repeats"]), "parameters": model.count_params()}
 
 
 def compare(options) -> None:
     """Measures all variants in turn and writes the table."""
     tasks = [("ANN", None)] + [(v, n) for n in options.timesteps for v in ("ours", "per step", "forward")]
-    runs: dict[tuple, list] = {task: [] for task in tasks}
-    for round_ in range(options.rounds):
-        for variant, timesteps in tasks if round_ % 2 == 0 else reversed(tasks):
-            task = {
-                "variant": variant,
-                "timesteps": timesteps,
-                "batch": options.batch,
-                "jit": options.backend == "jax",
-                "repeats": options.repeats,
-            }
-            runs[variant, timesteps].append(in_fresh_process(__file__, task, options.backend))
-            print(f"round {round_ + 1}: {variant}, N = {timesteps}: {runs[variant, timesteps][-1]}", flush=True)
+
+    def run(key: tuple[str, int | None]) -> dict:
+        variant, timesteps = key
+        task = {
+            "variant": variant,
+            "timesteps": timesteps,
+            "batch": options.batch,
+            "jit": options.backend == "jax",
+            "repeats": options.repeats,
+        }
+        return in_fresh_process(__file__, task, options.backend)
+
+    runs, failures = in_turn(tasks, run, options.rounds)
+    if failures:
+        raise RuntimeError(f"All are needed for the table. Failed: {failures}")
     median = {task: median_of(results) for task, results in runs.items()}
 
     least, most = min(options.timesteps), max(options.timesteps)
