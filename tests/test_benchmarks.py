@@ -44,7 +44,8 @@ def no_processes(benchmark, monkeypatch):
     asked = []
 
     def made_up(script, task, backend, python=None, timeout=None):
-        asked.append((Path(script).name, task, backend))
+        # What has a time limit is a contest of forms.
+        asked.append((Path(script).name, task, "contest" if timeout else backend))
         if "import" in task:
             added = {"added_s": 0.05, "added_cpu_s": 0.05, "brings": "keras_dsr"} if task["import"] != "keras" else {}
             return {"wall_s": 1.0, "cpu_s": 1.0, "all_s": 1.0 + 0.05 * bool(added), "all_cpu_s": 1.0, **added}
@@ -124,16 +125,76 @@ def test_rounds_go_forwards_and_backwards_and_failures_stay_alone(benchmark):
             raise RuntimeError("broken")
         return {"cpu_s": float(len(asked))}
 
-    runs, failures = in_turn(["a", "b", "c"], run, rounds=2)
+    seen = []
+    runs, failures = in_turn(["a", "b", "c"], run, rounds=2, report=lambda *now: seen.append(json.dumps(now)))
     assert asked == ["a", "b", "c", "c", "a"]
+    assert seen[0] == json.dumps(({"a": [{"cpu_s": 1.0}], "c": [{"cpu_s": 3.0}]}, {"b": "broken"}))
+    assert seen[1] == json.dumps((runs, failures))
     assert failures == {"b": "broken"}
     assert {name: len(measured) for name, measured in runs.items()} == {"a": 2, "c": 2}
     # A round that would not end in time is not begun, and the first always is.
     assert len(in_turn(["a"], run, rounds=3, minutes=0)[0]["a"]) == 1
 
 
-def test_commands_do_not_name_folders_of_the_machine(benchmark):
-    assert benchmark("measure").command() == "python benchmarks/suite.py --data-dir DIR"
+def test_what_failed_in_all_is_said(benchmark):
+    measure = benchmark("measure")
+    assert measure.rounds_of({"a": [1, 2, 3], "b": [1, 2]}, {}) == 2
+    with pytest.raises(RuntimeError, match=r"Nothing could be measured\. a: broken; b: no memory"):
+        measure.rounds_of({}, {"a": "broken", "b": "no memory"})
+    assert [measure.processes(n) for n in (1, 3)] == ["one fresh process", "medians of 3 fresh processes"]
+
+
+def test_commands_do_not_name_folders_of_the_machine(benchmark, monkeypatch):
+    command = benchmark("measure").command
+    assert command() == "python benchmarks/suite.py --data-dir DIR"
+    given = ["x.py", "--data-dir", "some/where", "--data-dir=some", "--out=/a/b", "../c", "--networks", "resnet18"]
+    monkeypatch.setattr(sys, "argv", given)
+    assert command() == "python benchmarks/x.py --data-dir DIR --data-dir=DIR --out=DIR DIR --networks resnet18"
+
+
+def test_errors_do_not_name_folders_of_the_machine(benchmark):
+    brief = benchmark("measure").brief
+    assert brief("Traceback\n  File '/some/where/x.py'\nValueError: no such network\n") == "ValueError: no such network"
+    assert brief("cannot read '/some/where/x.npz', see ~/notes/why.txt") == "cannot read 'x.npz', see why.txt"
+    assert brief("C:\\some\\where\\x.npz is not there") == "x.npz is not there"
+    kept = "1/5 and a/b/c of https://host/some/where/x, N/A"
+    assert brief(kept) == kept
+    assert brief("") == ""
+
+
+def test_cores_are_those_used(benchmark, monkeypatch):
+    measure = benchmark("measure")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {7, 2, 5}, raising=False)
+    assert measure.allowed_cores(2) == [2, 5]
+    assert [measure.machine(count)["cores"] for count in (None, 2, 9)] == [3, 2, 3]
+
+
+def test_versions_of_distributions_with_other_names(benchmark, monkeypatch):
+    measure = benchmark("measure")
+    assert measure.versions()["keras"] == keras.__version__
+    distributions = {"tensorflow": ["tensorflow-cpu"]}
+    monkeypatch.setattr(measure.importlib.metadata, "packages_distributions", lambda: distributions)
+
+    def version(name):
+        if name != "tensorflow-cpu":
+            raise measure.importlib.metadata.PackageNotFoundError(name)
+        return "2.20"
+
+    monkeypatch.setattr(measure.importlib.metadata, "version", version)
+    assert [measure.version_of(name) for name in ("tensorflow", "numpy")] == ["2.20", "unknown"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="getrusage is all that there is here")
+def test_peak_memory_is_not_that_of_who_asks(benchmark, tmp_path):
+    measure = benchmark("measure")
+    large = np.ones(300 * 2**17)  # 300 MB
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import measure; "
+        "print(measure.json.dumps({'peak_mb': measure.peak_mb()}))"
+    )
+    assert measure.peak_mb() > large.nbytes / 2**20
+    assert 1 < measure.in_fresh_process(script, {}, "jax")["peak_mb"] < 100
 
 
 def test_a_process_that_fails_says_why(benchmark, tmp_path):
@@ -147,6 +208,14 @@ def test_a_process_that_fails_says_why(benchmark, tmp_path):
     script.write_text("import time; time.sleep(60)")
     with pytest.raises(RuntimeError, match="more than 0 s"):
         measure.in_fresh_process(script, {}, "jax", timeout=0.1)
+    script.write_text("print('noise')")
+    with pytest.raises(RuntimeError, match="JSON on its last line"):
+        measure.in_fresh_process(script, {}, "jax")
+    script.write_text("")
+    with pytest.raises(RuntimeError, match="It printed ''"):
+        measure.in_fresh_process(script, {}, "jax")
+    with pytest.raises(RuntimeError, match="was not started"):
+        measure.in_fresh_process(script, {}, "jax", python=tmp_path / "python")
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -170,12 +239,90 @@ def test_the_suite_measures_tells_and_draws(full, no_processes, benchmark, monke
     targets = json.loads((tmp_path / f"{prefix}summary.json").read_text())["targets"]
     # 1.1 against 6.6 of PyTorch's better form, 79.2 of SpikingJelly's, 1.0 of the forward pass; 5 MB against 50.
     values = [target["value"] for target in targets]
+    assert "from 20 to 40" in targets[3]["what"]
     assert values[:6] == pytest.approx([1 / 6, 1 / 72, 1.1, 0.1, 1.0, 0.05])
     assert [target["verdict"] for target in targets[:6]] == ["met"] * 6
     assert {target["verdict"] for target in targets[6:]} == {"not measured"}
+    assert "medians of 3 fresh processes" in (tmp_path / f"{prefix}summary.md").read_text()
+    steps_ = json.loads((tmp_path / f"{prefix}steps.json").read_text())
+    assert steps_["rounds"] == 3
+    # PyTorch's forms are tried where they are used, at the largest N of each network and mode.
+    tried = {
+        (task["network"], task["mode"], task["kind"], task["timesteps"])
+        for _, task, backend in no_processes
+        if backend == "contest" and task["network"] in ("resnet18", "vgg11") and task["kind"] in ("dsr", "sj-bptt")
+    }
+    if full:
+        places = [(network, mode) for network in ("resnet18", "vgg11") for mode in ("train", "inference")]
+        assert tried == {(*place, kind, 40) for place in places for kind in ("dsr", "sj-bptt")}
+    else:
+        assert tried == {("resnet18", "train", kind, 20) for kind in ("dsr", "sj-bptt")}
     asked = [task for _, task, backend in no_processes if backend == "torch" and task.get("repeats", 0) > 1]
-    forms = {task["form"] for task in asked if task["timesteps"] == 20}
-    assert forms == {"channels_last"}  # the contest's winner
+    assert {task["form"] for task in asked if "budget" not in task} == {"channels_last"}  # the contest's winner
+
+
+def test_the_quick_form_measures_nothing_without_a_target(no_processes, benchmark):
+    suite, steps = benchmark("suite"), benchmark("steps")
+    benchmark("summary")
+    options = argparse.Namespace(full=False, peers=True, cores=None, data_dir=None)
+    arguments = next(given for name, _, given in suite.parts(options) if name == "steps")
+    steps.compare(steps.parser().parse_args(arguments))
+    asked = [task for _, task, backend in no_processes if backend != "contest"]
+    kinds = {(task["kind"], task["mode"], task["timesteps"], task["batch"]) for task in asked}
+    assert kinds == {
+        ("dsr", "train", 20, 8),  # ours and PyTorch's, and so at N = 40
+        ("dsr", "train", 40, 8),
+        ("dsr", "forward", 20, 8),
+        ("sj-bptt", "train", 20, 8),
+        ("dsr", "inference", 20, 8),
+        ("ann", "inference", None, 160),
+    }
+    assert len(asked) == 3 * 8
+
+
+def test_results_are_written_after_each_round(no_processes, benchmark, monkeypatch):
+    steps, written = benchmark("steps"), []
+    monkeypatch.setattr(steps, "write", lambda name, results, table: written.append(results))
+    monkeypatch.setattr(steps, "plot", lambda *_: None)
+    arguments = ["--networks", "resnet18", "--modes", "train", "--variants", "ours", "PyTorch DSR", "--rounds", "2"]
+    steps.compare(steps.parser().parse_args(arguments))
+    assert [results["rounds"] for results in written] == [1, 2]
+
+
+def test_networks_that_differ_stop_the_benchmark_after_a_round(no_processes, benchmark, monkeypatch):
+    steps = benchmark("steps")
+    made_up = steps.in_fresh_process
+
+    def differ(script, task, backend, **others):
+        return {**made_up(script, task, backend, **others), "parameters": 100 + (backend == "torch")}
+
+    monkeypatch.setattr(steps, "in_fresh_process", differ)
+    arguments = ["--networks", "resnet18", "--modes", "train", "--variants", "ours", "PyTorch DSR", "--rounds", "2"]
+    with pytest.raises(RuntimeError, match="not the same"):
+        steps.compare(steps.parser().parse_args(arguments))
+    asked = [task for _, task, backend in no_processes if backend != "contest"]
+    assert len(asked) == 2 * 4
+
+
+def test_only_ours_is_held_against_our_forward_pass(no_processes, benchmark, tmp_path):
+    steps = benchmark("steps")
+    names = ["ours", "ours, XLA", "ours, JAX", "ours, forward", "PyTorch DSR"]
+    arguments = [
+        "--networks",
+        "resnet18",
+        "--modes",
+        "train",
+        "--timesteps",
+        "5",
+        "--rounds",
+        "1",
+        "--variants",
+        *names,
+    ]
+    steps.compare(steps.parser().parse_args(arguments))
+    lines = (tmp_path / "steps.md").read_text().partition("## Forms")[0].splitlines()
+    last = {cells[3]: cells[-2] for line in lines if len(cells := [c.strip() for c in line.split("|")]) == 11}
+    assert {name: last[name] for name in names} == {**dict.fromkeys(names, ""), "ours": "1.10", "ours, forward": "1.00"}
 
 
 def test_the_suite_runs_without_peers(no_processes, benchmark, monkeypatch, tmp_path):
@@ -200,7 +347,75 @@ def test_networks_that_differ_stop_the_benchmark(benchmark):
 def test_memory_growth_is_a_slope(benchmark):
     rows = [{"variant": "ours", "timesteps": n, "peak_mb": 100 + 3 * n} for n in (5, 10, 40)]
     rows.append({"variant": "ANN, Keras", "timesteps": None, "peak_mb": 90})
-    assert benchmark("steps").memory_growth(rows) == {"ours": pytest.approx(3.0)}
+    growth = benchmark("steps").memory_growth
+    assert growth(rows) == {"ours": (pytest.approx(3.0), [5, 10, 40])}
+    # From 20 on, where there are two: at 5 something else is the peak.
+    rows = [{"variant": "ours", "timesteps": n, "peak_mb": max(300, 200 + 10 * n)} for n in (5, 20, 40)]
+    assert growth(rows) == {"ours": (pytest.approx(10.0), [20, 40])}
+
+
+def test_memory_that_does_not_grow_is_not_measured(benchmark):
+    summary = benchmark("summary")
+
+    def target(ours, other):
+        peaks = [("ours", ours), ("PyTorch DSR", other)]
+        base = {"network": "resnet18", "mode": "train", "batch": 8, "cpu_s": 1.0}
+        rows = [
+            {**base, "variant": name, "timesteps": n, "peak_mb": 500 + slope * n}
+            for name, slope in peaks
+            for n in (20, 40)
+        ]
+        return next(each for each in summary.of_steps(rows) if "memory" in each.what)
+
+    assert target(2, 20).value == pytest.approx(0.1)
+    assert [target(*slopes).verdict for slopes in ((-1, 20), (0, 20), (2, 0))] == ["not measured"] * 3
+
+
+def test_targets_on_a_gpu_are_of_one_network_and_batch(benchmark):
+    summary = benchmark("summary")
+    at = {"network": "resnet18", "shape": [32, 32, 3], "batch": 128, "timesteps": 20, "precision": "float32"}
+    at |= {"platform": "gpu", "epoch_s": 14.0, "wall_s": 0.1}
+    ours, other = {**at, "side": "ours, JAX"}, {**at, "side": "PyTorch DSR", "platform": "cuda", "wall_s": 0.6}
+
+    def verdicts(*rows):
+        return [target.verdict for target in summary.of_gpu({"rows": rows})]
+
+    assert verdicts(ours, other) == ["met", "not measured", "met"]
+    assert verdicts(ours, {**other, "wall_s": 0.4}) == ["not met", "not measured", "met"]
+    fast = {**ours, "precision": "bfloat16", "epoch_s": 3.0}
+    assert summary.of_gpu({"rows": [ours, fast]})[-1].value == 3.0
+    others = [("network", "resnet20"), ("shape", [8, 8, 3]), ("batch", 64), ("timesteps", 5), ("platform", "cpu")]
+    for name, value in others:
+        assert verdicts({**ours, name: value}, {**other, name: value}) == ["not measured"] * 3, name
+    without = {name: value for name, value in ours.items() if name != "network"}
+    assert verdicts(without, other) == ["not measured"] * 3
+
+
+def test_whole_numbers_have_a_target(benchmark, tmp_path):
+    summary = benchmark("summary")
+
+    def times(ann, whole):
+        return {
+            form: {"cpu_s": cpu, "wall_s": cpu}
+            for form, cpu in (("ANN", ann), ("float", 9.0), ("whole numbers", whole))
+        }
+
+    measured = {"preact_resnet18": {"batches": {"1": times(1.0, 2.0), "8": times(8.0, 10.0)}}}
+    measured["vgg11"] = {"batches": {"8": times(1.0, 3.0)}}
+    host = {"date": "2026-01-01", "cores": 1, "processor": "some", "command": "python x.py"}
+    results = {"machine": host, "settings": {"timesteps": 4, "threads": 1}, "results": measured}
+    (target,), rows = summary.of_integers(results)
+    assert (target.value, target.verdict) == (1.25, "met")
+    assert [row["of_ann"] for row in rows] == [2.0, 1.25, 3.0]
+    assert summary.of_integers(None)[0][0].verdict == "not measured"
+    other = {**results, "settings": {"timesteps": 8}}
+    assert summary.of_integers(other)[0][0].verdict == "not measured"
+    # Their file has one name, whatever the form of the suite.
+    (tmp_path / "integer_inference.json").write_text(json.dumps(results))
+    summary.compare(summary.parser().parse_args(["--prefix", "quick_"]))
+    table = (tmp_path / "quick_summary.md").read_text()
+    assert "| at most 1.5 | 1.25 | met |" in table
+    assert "preact_resnet18, batch 1: 2.00" in table
 
 
 @pytest.mark.parametrize("mode", ["train", "forward", "inference"])
@@ -270,7 +485,7 @@ def test_a_budget_is_spent(way, benchmark, monkeypatch, tmp_path, cifar_like):
     assert max(row["updates"] for row in rows) > 4
 
 
-def test_batches_are_the_same_on_every_side(benchmark, cifar_like):
+def test_batches_depend_on_the_seed_alone(benchmark, cifar_like):
     budget = benchmark("budget")
     data = budget.load(cifar_like)
     first, again = budget.batches(data, 8, seed=3), budget.batches(data, 8, seed=3)
@@ -331,6 +546,115 @@ def test_options_have_help(benchmark):
     for name in ("steps", "scaling", "startup", "accuracy", "summary", "gpu"):
         if name == "gpu" and helpers.BACKEND != "jax":
             continue
-        parser = benchmark(name).parser()
-        assert isinstance(parser, argparse.ArgumentParser)
-        assert parser.format_help().startswith("usage")
+        for action in benchmark(name).parser()._actions:
+            if "--task" not in action.option_strings:
+                assert action.help not in (None, "", argparse.SUPPRESS), (name, action.option_strings)
+
+
+def test_looks_are_so_many_seconds_apart(benchmark):
+    budget, clock = benchmark("budget"), Counted()
+    rows = budget.train(lambda *_: None, lambda: 0.5, iter([(0, 0)] * 100), clock, 40.0, 10, 0.1, "spikes")
+    # A step is a second of this clock; the first reading, and the one ahead of each step, are among them.
+    assert [row["cpu_s"] for row in rows] == [11.0, 21.0, 31.0, 40.0]
+    assert [row["updates"] for row in rows] == [9, 19, 29, 38]
+
+
+def test_forms_are_tried_where_there_are_most_steps(benchmark):
+    steps = benchmark("steps")
+    todo = steps.cases(["resnet18"], ["train", "inference"], ["ours", "PyTorch DSR", "ANN, PyTorch"], [5, 20, 40], 8)
+    found = {(case.mode, case.variant): (case.timesteps, case.batch) for case in steps.contests(todo)}
+    assert found == {
+        ("train", "PyTorch DSR"): (40, 8),
+        ("train", "ANN, PyTorch"): (None, 8),
+        ("inference", "PyTorch DSR"): (40, 8),
+        ("inference", "ANN, PyTorch"): (None, 320),
+    }
+    assert {case.timesteps for case in steps.contests(todo, at=20) if case.variant == "PyTorch DSR"} == {20}
+
+
+def test_a_library_in_no_form_does_not_stop_the_others(no_processes, benchmark, monkeypatch, tmp_path):
+    steps = benchmark("steps")
+    made_up = steps.in_fresh_process
+
+    def broken(script, task, backend, **others):
+        if backend == "torch":
+            raise RuntimeError("Traceback\nImportError: /some/where/lib.so")
+        return made_up(script, task, backend, **others)
+
+    monkeypatch.setattr(steps, "in_fresh_process", broken)
+    names = ["--variants", "ours", "PyTorch DSR"]
+    steps.compare(steps.parser().parse_args(["--networks", "resnet18", "--modes", "train", *names]))
+    results = json.loads((tmp_path / "steps.json").read_text())
+    assert set(results["failures"].values()) == {"ImportError: lib.so"}
+    assert {row["failed"] for row in results["forms"]} == {"ImportError: lib.so"}
+    with pytest.raises(RuntimeError, match=r"Nothing could be measured\. .*ImportError"):
+        steps.compare(
+            steps.parser().parse_args(["--networks", "resnet18", "--modes", "train", "--variants", "PyTorch DSR"])
+        )
+
+
+def test_the_peers_come_from_the_index_for_cpus_where_pypi_has_none(benchmark, monkeypatch):
+    peers = benchmark("peers")
+    for platform, calls in (("linux", 2), ("win32", 2), ("darwin", 1)):
+        monkeypatch.setattr(sys, "platform", platform)
+        found = peers.installs()
+        assert len(found) == calls
+        assert found[-1] == ["install", *peers.REQUIREMENTS]
+        assert all("--extra-index-url" in arguments for arguments in found[:-1])
+
+
+def test_all_interpreters_are_asked_for_cuda(benchmark, monkeypatch, tmp_path):
+    if helpers.BACKEND != "jax":
+        pytest.skip("the GPU benchmark runs on JAX alone")
+    gpu, peers = benchmark("gpu"), benchmark("peers")
+    answers = {"none": None, "cpu": "False", "cuda": "True"}
+
+    def ask(python, script):
+        if answers[python.name] is None:
+            raise RuntimeError(f"{python} does not answer: Traceback\nModuleNotFoundError: torch")
+        return answers[python.name]
+
+    monkeypatch.setattr(peers, "ask", ask)
+    monkeypatch.setattr(peers, "candidates", lambda: [tmp_path / name for name in answers])
+    assert gpu.torch_python(True) == (tmp_path / "cuda", "")
+    assert gpu.torch_python(False) == (tmp_path / "cpu", "")
+    del answers["cuda"]
+    assert gpu.torch_python(True) == (None, "ModuleNotFoundError: torch; PyTorch of cpu has no CUDA")
+    answers.clear()
+    assert gpu.torch_python(True) == (None, "it is not installed")
+
+
+def test_an_interpreter_that_does_not_answer_is_no_crash(benchmark, tmp_path):
+    ask = benchmark("peers").ask
+    assert ask(Path(sys.executable), "print('noise'); print('yes')") == "yes"
+    with pytest.raises(RuntimeError, match="cannot be started"):
+        ask(tmp_path / "python", "print(1)")
+    with pytest.raises(RuntimeError, match="does not answer"):
+        ask(Path(sys.executable), "raise ValueError")
+
+
+def test_a_form_is_chosen_for_each_precision(benchmark):
+    if helpers.BACKEND != "jax":
+        pytest.skip("the GPU benchmark runs on JAX alone")
+    gpu = benchmark("gpu")
+    options = argparse.Namespace(timesteps=[5, 20], precisions=["float32", "bfloat16"], compile=True)
+
+    def run(key, form, trial):
+        _, steps, precision = key
+        assert (steps, trial) == (20, True)
+        if form == "compile":
+            raise RuntimeError("no compiler")
+        fast = "channels_last" if precision == "float32" else "channels_last compile"
+        return {"wall_s": 1.0 if form == fast else 2.0}
+
+    forms, rows = gpu.torch_forms(["PyTorch DSR"], options, run)
+    assert forms == {
+        ("PyTorch DSR", "float32"): "channels_last",
+        ("PyTorch DSR", "bfloat16"): "channels_last compile",
+    }
+    assert [row["failed"] for row in rows if row["form"] == "compile"] == ["no compiler"] * 2
+    # Rows say what was measured: the verdicts depend on it.
+    settings = argparse.Namespace(network="resnet18", shape=[32, 32, 3], batch=64)
+    (row,) = gpu.rows_of({("PyTorch DSR", 20, "float32"): [{"wall_s": 0.5}]}, forms, settings)
+    assert (row["network"], row["shape"], row["batch"], row["form"]) == ("resnet18", [32, 32, 3], 64, "channels_last")
+    assert row["epoch_s"] == 781 * 0.5

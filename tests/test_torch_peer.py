@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import keras
@@ -28,13 +26,19 @@ def _benchmarks(monkeypatch):
 
 
 @pytest.fixture
-def peer(tmp_path):
-    """Asks a PyTorch network what it makes of inputs with given weights."""
+def python():
+    """The interpreter that has PyTorch."""
     import peers
 
-    python = peers.found() or (Path(sys.executable) if importlib.util.find_spec("torch") else None)
-    if python is None:
+    found = peers.candidates()
+    if not found:
         pytest.skip("no PyTorch here: `python benchmarks/peers.py` makes an environment that has it")
+    return found[0]
+
+
+@pytest.fixture
+def peer(tmp_path, python):
+    """Asks a PyTorch network what it makes of inputs with given weights."""
 
     def ask(settings: dict, weights: dict, x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
         arrays = {f"weights/{name}": value for name, value in weights.items()}
@@ -132,3 +136,65 @@ def test_anns_are_the_same_network(name, shape, peer):
     thresholds = [w for w in ours.trainable_weights if w.path.endswith("/threshold")]
     assert int(answered["parameters"]) == count
     assert sum(int(np.prod(w.shape)) for w in ours.trainable_weights) - len(thresholds) == count
+
+
+def test_a_step_is_measured_of_each_kind_in_each_mode(python, tmp_path):
+    import peers
+
+    kinds = ["dsr", "ann", "sj-bptt", "sj-dsr"]
+    if peers.ask(python, "import importlib.util; print(importlib.util.find_spec('spikingjelly') is None)") == "True":
+        kinds = kinds[:2]
+    base = {"network": "resnet20", "batch": 2, "shape": [8, 8, 3], "repeats": 1, "warmup": 1}
+    tasks = [
+        {**base, "kind": kind, "mode": mode, "timesteps": None if kind == "ann" else 2, "form": form}
+        for kind in kinds
+        for mode, form in (("train", "channels_last"), ("inference", ""))
+    ]
+    # In one process: to import PyTorch takes longer than all of them.
+    script = (
+        "import json, sys; sys.path.insert(0, sys.argv[1]); import torch_step; "
+        "print(json.dumps([torch_step.measure(task) for task in json.loads(sys.argv[2])]))"
+    )
+    for task, measured in zip(tasks, json.loads(peers.ask(python, script, BENCHMARKS, json.dumps(tasks))), strict=True):
+        assert measured["parameters"] == 273_070, task
+        assert all(measured[name] > 0 for name in ("cpu_s", "wall_s", "first_s", "build_s", "peak_mb")), task
+    if len(kinds) < 4:
+        pytest.skip(f"no SpikingJelly in {python.name}: only {kinds} were measured")
+
+
+def test_a_loss_that_is_not_finite_has_no_time(python):
+    import peers
+
+    task = {"network": "resnet20", "batch": 2, "shape": [8, 8, 3], "repeats": 1, "mode": "train", "kind": "ann"}
+    script = (
+        "import json, sys; sys.path.insert(0, sys.argv[1]); import torch, torch_step; "
+        "torch.rand = lambda shape, **_: torch.full(shape, float('nan')); "
+        "torch_step.measure(json.loads(sys.argv[2]))"
+    )
+    with pytest.raises(RuntimeError, match="Received nan"):
+        peers.ask(python, script, BENCHMARKS, json.dumps({**task, "timesteps": None}))
+
+
+def test_pytorch_spends_a_budget(python, tmp_path):
+    import accuracy
+    import measure
+    import stock
+
+    widths = (4, 4)
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (24, 32, 32, 3)).astype("uint8")
+    labels = (np.arange(24) % 10).astype("int64")
+    moments = {"mean": np.full(3, 120, "float32"), "std": np.full(3, 60, "float32")}
+    arrays = {"x": images[:16], "y": labels[:16], "x_held_out": images[16:], "y_held_out": labels[16:], **moments}
+    np.savez(tmp_path / "data.npz", **arrays)
+    model = models.small_cnn(widths, IFSpike(threshold=1.0, threshold_l2=0.0), 2, 10, (32, 32, 3))
+    np.savez(tmp_path / "0.npz", **{name: np.asarray(weight) for name, weight in stock.weights_of(model).items()})
+    task = {"network": "small_cnn", "timesteps": 2, "widths": widths, "seed": 0, "cores": None, "form": "channels_last"}
+    task |= {"budget": 4.0, "batch": 8, "every": 0.3, "learning_rate": 0.05, "weight_decay": 5e-4}
+    task |= {"data": str(tmp_path / "data.npz"), "weights": str(tmp_path / "0.npz")}
+    script = accuracy.HERE / "torch_accuracy.py"
+    rows = measure.in_fresh_process(script, task, "torch", python=python)["rows"]
+    assert {row["stage"] for row in rows} == {"spikes"}
+    assert rows[-1]["cpu_s"] >= 4.0
+    assert rows[-1]["updates"] > 4
+    assert all(0 <= row["accuracy"] <= 1 for row in rows)
