@@ -88,7 +88,12 @@ def in_fresh_process(
         RuntimeError: if the process cannot be started or fails, with what it printed; if its last line is not JSON; or
             if it takes longer than `timeout`.
     """
-    environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment = {
+        "OMP_WAIT_POLICY": "passive",  # else PyTorch's threads spend CPU seconds on waiting for one another
+        **os.environ,
+        "KERAS_BACKEND": backend,
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
     command = [str(python), str(script), "--task", json.dumps(task)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
