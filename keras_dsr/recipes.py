@@ -51,8 +51,8 @@ class Recipe:
         tau: Membrane time constant of LIF neurons, in the unit of `dt`.
         dt: Length of a time step of LIF neurons.
         weight_bits: Bits of a weight; `None` for floats.
-        precision: What training computes in: "float32", or "mixed_bfloat16", which is faster where the processor has
-            bfloat16 (weights, membrane potentials and statistics stay float32). The trained network is float32 either
+        precision: What training computes in: "float32", or "mixed_bfloat16", for processors that have bfloat16
+            (weights, membrane potentials and statistics stay float32). The trained network is float32 either
             way.
         dropout: Rate of the dropout ahead of the dense layer.
         epochs: Passes over the training part, with spikes.

@@ -1,4 +1,4 @@
-"""Networks of whole numbers: weights and currents of 8 bits, spikes of one, which processors compute fastest.
+"""Networks of whole numbers: weights and currents of 8 bits, spikes of one.
 
 A spike is there or not, so a convolution of spikes with weights of 8 bits is a sum of whole numbers. `integer_copy`
 brings a trained network to that. What stands between two neuron layers, kernel, normalization, sum and the worth of a
@@ -8,13 +8,14 @@ spike, is one affine map, which becomes
     I = clip(round(w (sum q s + b)), -128, 127)          current: with s = 0 or 1, in units of V_th / 2^j
 
 with neurons that fire as before, at a threshold of 2^j; where several kernels, or a kernel and spikes, add up to a
-current, each of them is rounded so. Sums of kernels, currents and potentials are whole numbers of at most 24 bits, so
-float32 has them exactly, in whatever order: the copy, a Keras model, gives the same spikes in any runtime. j, how
+current, each of them is rounded so. Sums of kernels are whole numbers of at most 24 bits, so float32 has them exactly,
+in whatever order: the copy, a Keras model, gives the same spikes in any runtime that computes in float32. j, how
 finely currents are told apart, is chosen for each neuron layer between 3 and 6, such that what rounding and clipping
 change is least, for currents of the mean and deviation that normalization gives them, or weights. A static current,
 ahead of the first neurons, is computed once, and has 16 bits, the last of which is worth V_th / 2^12.
 
-ONNX files of such a copy have QLinearConv in place of Conv wherever spikes come in (`keras_dsr.export.passes`).
+ONNX files of such a copy have QLinearConv in place of Conv where spikes come in, but for loops: see
+`keras_dsr.export.whole_numbers`.
 
 Reference: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
 CVPR 2018; weights of 8 bits for DSR: Meng et al., CVPR 2022, Table 7.
@@ -67,6 +68,7 @@ _STATIC_BITS = 16  # of a static current, which is computed once, in float32
 _STATIC_FINENESS = 12  # its steps in a threshold, as a power of two
 _BIAS_LEVELS = 2**20  # largest offset of a sum, in steps of its kernel
 _RATE = 0.2  # of spikes, where no normalization says how large currents are
+_PART_OF_LIMIT = 1 / 16  # of the grid's limit, which inputs deviate by
 _MOST_CLIPPED = 0.25  # mean square of what may be clipped off currents, in squares of V_th
 _SMALLEST = 2.0**-100  # step of a kernel, below which a channel is dead
 
@@ -96,7 +98,7 @@ def integer_copy(model: keras.Model, grid: Grid) -> keras.Model:
 
     >>> from keras_dsr import models
     >>> copy = integer_copy(models.small_cnn(timesteps=4), Grid(step=1 / 16, limit=16.0))
-    >>> float(copy.get_layer("neuron1").threshold) in (8, 16, 32, 64, 128)
+    >>> float(copy.get_layer("neuron1").threshold) in (8, 16, 32, 64)
     True
     """
     check_model(model)
@@ -109,16 +111,17 @@ def integer_copy(model: keras.Model, grid: Grid) -> keras.Model:
         if kernels.bits(layer) is not None:
             layer.kernel.assign(kernels.round(layer, np.asarray(layer.kernel), np.float32(1)))
     walk = _Walk(stock)
+    structure = graph.functional(model).output
     inputs = keras.Input(batch_shape=stock.inputs[0].shape, dtype="float32", name=stock.inputs[0].name)
     rounded = FixedPoint(grid.step, grid.limit, name="fixed_point", dtype="float32")(inputs)
-    answer = graph.walk(stock, _Whole(rounded, grid.step, grid.limit / grid.step, 1.0), walk.replace)
-    (answer,) = keras.tree.flatten(answer) or [None]
+    answer = graph.walk(stock, _Whole(rounded, grid.step, grid.limit / grid.step, 1.0, given=True), walk.replace)
+    answer = keras.tree.flatten(answer)[0]
     if not isinstance(answer, _Answer):
         raise ValueError(
             f"Model {model.name!r} cannot be made of whole numbers: it ends without keras_dsr.layers.SpikeRep, which "
             "makes of spikes what they stand for."
         )
-    copy = keras.Model(inputs, answer.tensor, name=model.name)
+    copy = keras.Model(inputs, keras.tree.map_structure(lambda _: answer.tensor, structure), name=model.name)
     if tuple(copy.outputs[0].shape) != tuple(model.outputs[0].shape):
         raise ValueError(
             f"Model {model.name!r} cannot be made of whole numbers: the copy's answers would be of shape "
@@ -140,12 +143,14 @@ class _Whole:
         unit: What the numbers are whole multiples of, a power of two.
         most: The largest absolute value, in units.
         real: What a 1 stands for in the trained network.
+        given: Whether it is the network's input, whose numbers hardly ever come near the largest.
     """
 
     tensor: Any
     unit: float
     most: float
     real: float
+    given: bool = False
 
     @property
     def static(self) -> bool:
@@ -182,13 +187,14 @@ class _Branch:
 
     def mean(self) -> np.ndarray:
         """About what it is on average, where spikes come at the usual rate."""
-        rate = self.source.most * self.source.unit * self.source.real * _RATE
+        rate = 0.0 if self.source.given else self.source.most * self.source.unit * self.source.real * _RATE
         summed = 1.0 if self.kernel is None else self.kernel.reshape(-1, len(self.gain)).sum(axis=0)
         return summed * self.gain * rate
 
     def deviation(self) -> np.ndarray:
         """About how far it is from that, likewise."""
-        spread = self.source.most * self.source.unit * self.source.real * math.sqrt(_RATE * (1 - _RATE))
+        part = _PART_OF_LIMIT if self.source.given else math.sqrt(_RATE * (1 - _RATE))
+        spread = self.source.most * self.source.unit * self.source.real * part
         squares = 1.0 if self.kernel is None else np.square(self.kernel.reshape(-1, len(self.gain))).sum(axis=0)
         return np.sqrt(squares) * np.abs(self.gain) * spread
 
@@ -229,6 +235,7 @@ class _Walk:
         self.weights: list[tuple[keras.layers.Layer, list[np.ndarray]]] = []
         self._seen: set[int] = set()
         self._made: set[int] = set()
+        self._behind: dict[int, keras.layers.Layer] = {}
         self._names: dict[str, int] = {}
 
     def replace(self, name: str, layer: Any) -> Callable[..., Any]:
@@ -241,8 +248,8 @@ class _Walk:
             if type(layer) is Add and stream:
                 return [self._sum(name, layer, [each[0] for each in inputs]), _REPRESENTATION]
             x = inputs[0] if stream else inputs
-            whole_stream = isinstance(x, _Current) or (isinstance(x, _Whole) and not x.static)
-            if x is _REPRESENTATION or (whole_stream and not stream and type(x) is _Whole):
+            half = isinstance(x, _Whole) and not x.static and not stream
+            if x is _REPRESENTATION or half:
                 raise self._refuse(name, layer, "takes half a stream, its values or its representation alone")
             if isinstance(layer, SpikingNeuron):
                 return [self._fire(name, layer, x, stream), _REPRESENTATION]
@@ -270,11 +277,14 @@ class _Walk:
                 raise self._refuse(name, layer, "takes spikes, or currents, beside what they stand for")
             return x.tensor if isinstance(x, _Answer) else x
 
-        new = type(layer).from_config(layer.get_config())
         args, kwargs = keras.tree.map_structure(tensor, (args, kwargs))
+        if not isinstance(layer, keras.Layer):
+            return _Answer(type(layer).from_config(layer.get_config())(*args, **kwargs))
+        if id(layer) not in self._behind:
+            self._behind[id(layer)] = type(layer).from_config({**layer.get_config(), "name": self._named(name)})
+        new = self._behind[id(layer)]
         made = new(*args, **kwargs)
-        if isinstance(layer, keras.Layer) and layer.weights:
-            self.weights.append((new, layer.get_weights()))
+        self.weights.append((new, layer.get_weights()))
         return _Answer(made)
 
     def _read(self, layer: SpikeRep, x: _Whole) -> _Answer:
@@ -389,8 +399,8 @@ class _Walk:
             raise self._refuse(
                 name,
                 neuron,
-                f"has a threshold, {threshold:.3g}, far below the terms that its current is the sum of, which 8 bits "
-                "cannot have",
+                f"has a threshold, {threshold:.3g}, far below what its current is the sum of: currents of 8 bits end "
+                "at 16 thresholds. Put a normalization ahead of it, or train with a higher threshold",
             )
         unit = threshold / 2**resolution
         terms = []
@@ -401,7 +411,7 @@ class _Walk:
                 )
             self._made |= {id(branch.layer)} if branch.layer is not None else set()
             label = branch.name or (f"{name}_{number}" if len(x.branches) > 1 else name)
-            terms.append(self._term(branch, unit, offset / unit, resolution, label))
+            terms.append(self._term(branch, unit, offset / unit, resolution, self._named(label)))
         if len(terms) > 1:
             terms = [Add(name=f"{name}_sum", dtype="float32")(terms)]
         new = IFSpike.from_config({**neuron.get_config(), "dtype": "float32", "name": name})
@@ -429,7 +439,7 @@ class _Walk:
                 kernel, scale = self._whole_kernel(branch, kernel * source.unit, offset)
                 bias = np.rint(offset / scale)
                 kernel = kernel / source.unit
-            layer = self._copied(branch.layer, use_bias=False, name=self._named(branch.name))
+            layer = self._copied(branch.layer, use_bias=False, name=label)
             summed = source.through(layer)
             self.weights.append((layer, [kernel]))
         bits = _STATIC_BITS if source.static else _CURRENT_BITS
@@ -526,7 +536,9 @@ def _resolution(current: _Current, offsets: Sequence[np.ndarray], threshold: flo
         return sum(float(np.sum(4.0**-resolution / 12 + each)) for each in clipped(resolution))
 
     best = min(reversed(_RESOLUTIONS), key=error)
-    return best, max((float(each.mean()) for each in clipped(best)), default=0.0)
+    spikes = [not each.source.given for each in current.branches if not each.source.static]
+    worst = [float(each.mean()) for each, ours in zip(clipped(best), spikes, strict=True) if ours]
+    return best, max(worst, default=0.0)
 
 
 def _clipped(mean: np.ndarray, deviation: np.ndarray, limit: float) -> np.ndarray:

@@ -1,7 +1,7 @@
 """ONNX graphs in which convolutions of spikes are computed in whole numbers.
 
-The converter writes a network of whole numbers (`keras_dsr.export.integer`) in float32, all of whose sums are exact. In
-this form runtimes have no faster way than for any other network; in that of `compute_in_integers` they have:
+The converter writes a network of whole numbers (`keras_dsr.export.integer`) in float32, all of whose sums are exact.
+`compute_in_integers` rewrites it for the units that processors have for whole numbers:
 
 - a Conv of spikes, with what makes 8 bits of its sums, becomes a QLinearConv of uint8 spikes and int8 weights;
 - what neurons do in each step is done to the part of a tensor that is the step's, before its 8 bits become floats;

@@ -151,7 +151,7 @@ def test_firing_rates_stay_about_what_they_were(name, copy_of):
     assert list(before) == list(after)
     assert all(0 < rate < 1 for rate in list(after.values())[:1])
     for layer, rate in before.items():
-        assert after[layer] == pytest.approx(rate, abs=0.1), layer
+        assert after[layer] == pytest.approx(rate, rel=0.25, abs=0.02), layer
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -190,7 +190,7 @@ def test_convolutions_of_spikes_are_of_whole_numbers_in_the_file(name, file_of):
 
 @pytest.mark.parametrize("form", ["unrolled", "step"])
 @pytest.mark.parametrize("integers", [True, False])
-def test_integers_are_a_matter_of_the_file_alone(form, integers, file_of, copy_of):
+def test_integers_are_a_matter_of_the_file_alone(form, integers, file_of):
     """The same spikes and answers with and without them; floats run in OpenVINO too."""
     path = file_of("resnet", form=form, integers=integers)
     kinds = [node.op_type for node in onnx.load(path).graph.node]
@@ -312,33 +312,52 @@ def test_currents_are_those_of_the_trained_network_but_for_rounding(settings):
     assert np.abs(expected).max() > 0.5
 
 
-def test_layers_between_that_only_move_numbers():
-    """Sequential synapses, dropout, upsampling and cropping; sub-models; answers that go on."""
+def test_layers_between_and_behind(tmp_path):
+    """Sequential synapses, dropout, upsampling, cropping, pools, sub-models; answers that go on; a dict as output."""
     keras.utils.set_random_seed(0)
-    inner_inputs = keras.Input((8, 8, 2))
+    inner_inputs = keras.Input((10, 10, 2))
     spikes = layers.IFSpike(timesteps=3, threshold=0.5, name="neuron")(inner_inputs)
     inner = keras.Model(inner_inputs, layers.Dropout(0.2)(spikes), name="inner")
-    inputs = keras.Input((8, 8, 2), name="image")
-    parts = [keras.layers.Cropping2D(2), keras.layers.UpSampling2D(2), keras.layers.Conv2D(3, 3, name="conv")]
+    inputs = keras.Input((10, 10, 2), name="image")
+    parts = [keras.layers.Cropping2D(2), keras.layers.UpSampling2D(2), keras.layers.Conv2D(3, 5, name="conv")]
     x = layers.Synapse(keras.Sequential(parts, name="parts"))(inner(inputs))
     x = layers.IFSpike(threshold=0.4, name="neuron")(x)
     x = layers.Synapse(keras.layers.GlobalAveragePooling2D())(layers.Synapse(keras.layers.AveragePooling2D(2))(x))
-    x = layers.Synapse(keras.layers.Dense(4))(x) if x.representation.shape[1] == 3 else x
-    answer = layers.SpikeRep()(layers.IFSpike(threshold=0.2, name="last")(x))
-    model = keras.Model(inputs, keras.layers.Dense(4, name="own")(answer / 2.0))
-    with pytest.raises(ValueError, match="averages over 9 places"):
-        integer_copy(model, Grid(1 / 64, 4.0))
+    x = layers.Synapse(keras.layers.Dense(4, name="conv"), name="named_alike")(x)
+    answer = layers.SpikeRep()(layers.IFSpike(threshold=0.06, name="last")(x))
+    own = keras.layers.Dense(4, name="own")
+    model = keras.Model(inputs, {"logits": own(own(answer / 2.0))})
+    x = np.random.default_rng(0).normal(size=(16, 10, 10, 2)).astype("float32")
+    copy = integer_copy(model, Grid.of(x))
+    answers, expected = (each.predict(x, verbose=0)["logits"] for each in (copy, model))
+    assert np.unique(expected[:, 0]).size > 1
+    assert np.corrcoef(answers.ravel(), expected.ravel())[0, 1] > 0.9
+    assert [each.name for each in copy.layers if isinstance(each, layers.IFSpike)] == ["inner_neuron", "neuron", "last"]
+    single = keras.Model(copy.inputs, copy.output["logits"])
+    assert report_of(export_onnx(single, tmp_path / "own.onnx", examples=x, flip_budget=0)).exportable
+
+
+def test_frames_without_normalization_keep_their_resolution():
+    """The grid's limit is no current that comes: counts go to 40, and hardly any is above 1."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((3, 6, 6, 2), name="frames")
+    x = layers.Synapse(keras.layers.Conv2D(8, 3, name="conv"))(layers.ToStream()(inputs))
+    x = layers.IFSpike(threshold=6.0, name="first")(x)
+    x = layers.Synapse(keras.layers.Dense(2))(layers.Synapse(keras.layers.Flatten())(x))
+    model = keras.Model(inputs, layers.SpikeRep()(layers.IFSpike(threshold=1.0)(x)))
+    assert float(integer_copy(model, Grid(1.0, 128.0)).get_layer("first").threshold) >= 32
 
 
 def test_weights_of_a_network_of_few_bits_are_taken_as_they_are():
     keras.utils.set_random_seed(0)
     model = models.small_cnn((4, 8), timesteps=2, weight_bits=8)
+    gamma = np.array([1.0, -0.5, 2.0, -3.0, 0.1, -0.1, 1.0, 1.0])
+    model.get_layer("bn2").gamma.assign(gamma)
     copy = integer_copy(model, Grid(1 / 16, 8.0))
     trained = model.get_layer("conv2_synapse").layer
     q, _ = (np.asarray(x) for x in quantize(trained.kernel, 8))
     spike = float(copy.get_layer("neuron1").threshold)
     pooled = copy.get_layer("conv2_synapse").layer.kernel.numpy() * spike / 4
-    gamma = model.get_layer("norm2").gamma.numpy() if "norm2" in [each.name for each in model.layers] else 1
     np.testing.assert_array_equal(pooled, q * np.sign(gamma))
 
 
@@ -389,7 +408,7 @@ def refused(name):
         ("other layer", r"layer 'depthwise.*\(DepthwiseConv2D\) is none that is known"),
         ("no answer", r"layer 'to_tensor.*\(ToTensor\) is none that is known to give whole numbers"),
         ("spikes", "ends without keras_dsr.layers.SpikeRep"),
-        ("opposite kernels", r"layer 'last' \(IFSpike\) has a threshold, 0.01, far below the terms"),
+        ("opposite kernels", r"layer 'last' \(IFSpike\) has a threshold, 0.01, far below what its current"),
         ("wide input", r"layer 'wide' \(Dense\) has sums that leave its largest weight in some channel fewer than 8"),
         ("sums used twice", r"layer 'conv' \(Conv2D\) has sums that go to two places"),
         ("neurons behind the answer", r"layer 'behind' \(IFSpike\) takes what spikes stand for"),

@@ -96,7 +96,7 @@ SAME = {
     "padded": {"between": [node("Pad", "spikes pads nothing", "moved")], "constants": PAD},
     "turned": {"between": [node("Transpose", "spikes", "moved", perm=[0, 1, 3, 2])]},
     "joined": {"between": [node("Concat", "spikes spikes", "moved", axis=0)]},
-    "pooled": {"between": [node("AveragePool", "spikes", "moved", **POOL)], "constants": {"weights": None}},
+    "pooled": {"between": [node("AveragePool", "spikes", "moved", **POOL)]},
     "used twice": {"behind": [node("Mul", "spikes worth", "z")], "outputs": "y z"},
 }
 
@@ -110,6 +110,7 @@ def test_spikes_that_only_moved(name):
     compared(network(**changes), 1)
 
 
+WHOLE = np.random.default_rng(2).integers(-9, 10, (2, 3, 3, 3)).astype("float32")
 BIG = np.full((2, 3, 3, 3), 8.0, "float32")  # 128 in units
 LEFT = {
     "currents": {"between": [node("Mul", "spikes x", "moved")]},
@@ -119,7 +120,13 @@ LEFT = {
     "weights that are not whole": {"constants": {"weights": BIG / 7}},
     "a bias that is not whole": {"constants": {"bias": np.array([0.5, 0.0], "float32")}},
     "a negative scale": {"constants": {"scale": np.full((1, 2, 1, 1), -0.5, "float32")}},
-    "a scale by columns": {"constants": {"scale": np.full((1, 1, 1, 4), 0.5, "float32")}},
+    "a scale by columns": {
+        "constants": {
+            "weights": np.ones((4, 3, 3, 3), "float32"),
+            "bias": np.zeros(4, "float32"),
+            "scale": np.full((1, 1, 1, 4), 0.5, "float32"),
+        }
+    },
     "other limits": {"constants": {"most": np.float32(100)}},
     "padding with ones": {"between": [node("Pad", "spikes pads one", "moved")], "constants": PAD},
     "padding of named axes": {
@@ -129,14 +136,21 @@ LEFT = {
     "spikes of two worths": {
         "between": [node("Mul", "spikes worth", "more"), node("Concat", "spikes more", "moved", axis=0)]
     },
-    "a pool of nine": {"between": [node("AveragePool", "spikes", "moved", kernel_shape=[3, 3])]},
-    "a padded pool": {"between": [node("AveragePool", "spikes", "moved", **POOL, pads=[1, 1, 1, 1])]},
-    "a pool with a rest": {
-        "between": [node("AveragePool", "spikes", "moved", kernel_shape=[4, 4], strides=[1, 1], ceil_mode=1)]
+    "a pool of nine": {
+        "between": [node("AveragePool", "spikes", "moved", kernel_shape=[3, 3])],
+        "constants": {"worth": np.float32(9), "weights": WHOLE},
+    },
+    "a padded pool": {
+        "between": [node("AveragePool", "spikes", "moved", **POOL, pads=[1, 1, 1, 1])],
+        "constants": {"weights": WHOLE / 4},
+    },
+    "a pool that rounds up": {
+        "between": [node("AveragePool", "spikes", "moved", kernel_shape=[4, 4], strides=[1, 1], ceil_mode=1)],
+        "constants": {"weights": WHOLE},
     },
     "a worth whose inverse is rounded": {
         "between": [node("AveragePool", "spikes", "moved", **POOL)],
-        "constants": {"worth": np.float32(41)},
+        "constants": {"worth": np.float32(164), "weights": WHOLE},
     },
 }
 
@@ -196,7 +210,9 @@ def test_parts_that_are_not_split_as_they_were_joined():
     nodes = [
         node("Split", "x sizes", "three one", axis=0),
         node("Concat", "three one", "joined", axis=0),
-        node("Split", "joined", "y rest", axis=0, num_outputs=2),
+        node("Split", "joined", "p q", axis=0, num_outputs=2),
+        node("Neg", "p", "y"),
+        node("Neg", "q", "rest"),
         *network().graph.node[:-1],
         node("Round", "d", "z"),
     ]
