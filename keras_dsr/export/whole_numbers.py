@@ -196,7 +196,9 @@ class _Graph:
         return users[0] if len(users) == 1 and users[0].op_type == kind and name not in self.fixed else None
 
     def _constant_of(self, node: Any) -> np.ndarray | None:
-        return next((self.constants[name] for name in node.input if name in self.constants), None)
+        """The constant that a node takes, if it is of float32; networks of whole numbers have no others."""
+        found = next((self.constants[name] for name in node.input if name in self.constants), None)
+        return found if found is not None and found.dtype == np.float32 else None
 
     def spikes(self, name: str) -> _Spikes | None:
         """What spikes a float tensor is made of; `None` if of something else."""
