@@ -1,4 +1,4 @@
-"""Gradients and probes, the same way on both backends."""
+"""Gradients, probes and networks, the same way on both backends."""
 
 from __future__ import annotations
 
@@ -30,6 +30,19 @@ OPTIONAL = {
 def numpy(x) -> np.ndarray:
     """A tensor or variable; not by `convert_to_numpy`, whose copy of a variable NumPy 2 deprecates."""
     return np.asarray(x)
+
+
+def vary(model):
+    """Gives normalizations statistics such as training leaves."""
+    rng = np.random.default_rng(5)
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.BatchNormalization):
+            size = layer.gamma.shape
+            layer.gamma.assign(rng.normal(1, 0.3, size))
+            layer.beta.assign(rng.normal(0.2, 0.3, size))
+            layer.moving_mean.assign(rng.normal(0, 0.3, size))
+            layer.moving_variance.assign(rng.uniform(0.2, 2, size))
+    return model
 
 
 def value_and_grads(function, *arrays, jit: bool = False):

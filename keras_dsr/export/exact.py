@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -496,6 +496,25 @@ def refusal(model: keras.Model, name: str, layer: Any, why: str, what: str = "be
     return ValueError(f"The sums of model {model.name!r} cannot {what}: layer {name!r} ({type(layer).__name__}) {why}.")
 
 
+def places_of(layer: Any, shape: Sequence[int | None], refuse: Callable[[str], Exception]) -> int:
+    """How many places an average pool averages over: a power of two, else the average is rounded.
+
+    Args:
+        layer: The pool.
+        shape: Of its input, (batch, ..., channels).
+        refuse: From why it cannot be to the error that is raised then.
+    """
+    sizes = shape[1:-1] if isinstance(layer, GLOBAL_POOLS) else layer.pool_size
+    if None in sizes:
+        raise refuse("averages over a number of places that is not fixed; fix the input's size")
+    places = math.prod(sizes)
+    if places & (places - 1):
+        raise refuse(f"averages over {places} places, which is no power of two; use 2 or 4 on a side")
+    if getattr(layer, "padding", "valid") != "valid":
+        raise refuse("averages over fewer places at the edges; use padding='valid'")
+    return places
+
+
 class _Walk:
     """One way through a model with what can be said of its numbers in their place.
 
@@ -645,16 +664,7 @@ class _Walk:
         return self._checked(name, _Exact(shape, exponent, bound, frozenset([_Source(id(layer))])))
 
     def _pooled(self, name: str, layer: Any, x: _Exact) -> _Exact:
-        sizes = x.shape[1:-1] if isinstance(layer, GLOBAL_POOLS) else layer.pool_size
-        if None in sizes:
-            raise self._refuse(name, layer, "averages over a number of places that is not fixed; fix the input's size")
-        places = math.prod(sizes)
-        if places & (places - 1):
-            raise self._refuse(
-                name, layer, f"averages over {places} places, which is no power of two; use 2 or 4 on a side"
-            )
-        if getattr(layer, "padding", "valid") != "valid":
-            raise self._refuse(name, layer, "averages over fewer places at the edges; use padding='valid'")
+        places = places_of(layer, x.shape, lambda why: self._refuse(name, layer, why))
         finer = int(math.log2(places))
         sources = frozenset(dataclasses.replace(each, finer=each.finer + finer) for each in x.sources)
         shape = tuple(layer.compute_output_shape(x.shape))

@@ -42,6 +42,7 @@ from keras_dsr.export.exact import (
     Grid,
     check_model,
     largest_sums,
+    places_of,
     refusal,
 )
 from keras_dsr.export.weights import with_stock_layers
@@ -334,16 +335,7 @@ class _Walk:
         return _Current((_Branch(x, layer, kernel, np.ones(channels), new_name),), offset)
 
     def _pooled(self, name: str, layer: Any, x: _Whole, new_name: str) -> _Whole:
-        sizes = x.shape[1:-1] if isinstance(layer, GLOBAL_POOLS) else layer.pool_size
-        if None in sizes:
-            raise self._refuse(name, layer, "averages over a number of places that is not fixed; fix the input's size")
-        places = math.prod(sizes)
-        if places & (places - 1):
-            raise self._refuse(
-                name, layer, f"averages over {places} places, which is no power of two; use 2 or 4 on a side"
-            )
-        if getattr(layer, "padding", "valid") != "valid":
-            raise self._refuse(name, layer, "averages over fewer places at the edges; use padding='valid'")
+        places = places_of(layer, x.shape, lambda why: self._refuse(name, layer, why))
         copied = self._copied(layer, name=self._named(new_name))
         return x.through(copied, unit=x.unit / places, most=x.most * places)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import keras
 import numpy as np
 import pytest
-from helpers import numpy
+from helpers import numpy, vary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -55,19 +55,6 @@ def lif_alone():
     x = layers.Synapse(keras.layers.Dense(3, name="dense"))(layers.Synapse(keras.layers.Flatten(name="flat"))(x))
     model = keras.Model(inputs, layers.SpikeRep(name="logits")(layers.LIFSpike(name="last", **neuron)(x)))
     return model, {}, np.random.default_rng(6).normal(size=(6, 8, 8, 2)).astype("float32")
-
-
-def vary(model):
-    """Gives normalizations statistics such as training leaves."""
-    rng = np.random.default_rng(5)
-    for layer in model._flatten_layers():
-        if isinstance(layer, keras.layers.BatchNormalization):
-            size = layer.gamma.shape
-            layer.gamma.assign(rng.normal(1, 0.3, size))
-            layer.beta.assign(rng.normal(0.2, 0.3, size))
-            layer.moving_mean.assign(rng.normal(0, 0.3, size))
-            layer.moving_variance.assign(rng.uniform(0.2, 2, size))
-    return model
 
 
 OWN = {"resnet": resnet, "lif_alone": lif_alone}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import keras
 import numpy as np
 import pytest
-from helpers import numpy
+from helpers import numpy, vary
 
 from keras_dsr import layers, models
 from keras_dsr.layers.neurons import neurons_of
@@ -27,19 +27,6 @@ from keras_dsr.export import (  # noqa: E402
 )
 
 KERNELS = (keras.layers.Dense, keras.layers.Conv2D)
-
-
-def vary(model):
-    """Gives normalizations statistics such as training leaves."""
-    rng = np.random.default_rng(5)
-    for layer in model._flatten_layers():
-        if isinstance(layer, keras.layers.BatchNormalization):
-            size = layer.gamma.shape
-            layer.gamma.assign(rng.normal(1, 0.3, size))
-            layer.beta.assign(rng.normal(0.2, 0.3, size))
-            layer.moving_mean.assign(rng.normal(0, 0.3, size))
-            layer.moving_variance.assign(rng.uniform(0.2, 2, size))
-    return model
 
 
 def resnet():
