@@ -19,7 +19,7 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Time and memory against PyTorch, SpikingJelly and ANNs of the same shape: under 10 minutes on 2 cores. The first time,
+# Time and memory against PyTorch, SpikingJelly and ANNs of the same shape, meant for 10 minutes on 2 cores. The first time,
 # PyTorch is installed beforehand in an environment of its own, benchmarks/.peers.
 bench: .venv/installed-dev
 	$(BIN)/python benchmarks/peers.py

@@ -18,28 +18,19 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from measure import machine, markdown, write
 
-ARITHMETICS = ("float", "exact", "integer")
-
 
 def right(name: str, data_dir: Path | None) -> tuple[dict[str, int], int]:
     """How many of a preset's test examples have the right class, by arithmetic; and how many there are."""
     import keras
 
     from keras_dsr import deployment, training
-    from keras_dsr.export import Grid, exact_copy, integer_copy
     from keras_dsr.recipes import Recipe
 
     given = deployment.source(name, data_dir=data_dir)
     loaded = training.load(Recipe.from_json(json.dumps(given.about["recipe"])), data_dir=data_dir)
-    if given.preprocessing is None:
-        grid = Grid.of(given.examples)
-    else:
-        grid = Grid.of_bytes(given.preprocessing, given.examples.shape[-1])
     found = {}
-    for arithmetic in ARITHMETICS:
-        model = given.model
-        if arithmetic != "float":
-            model = {"exact": exact_copy, "integer": integer_copy}[arithmetic](given.model, grid)
+    for arithmetic in deployment.ARITHMETICS:
+        model = (given if arithmetic == "float" else deployment.copied(given, arithmetic)).model
         model.compile(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
         accuracy = model.evaluate(loaded.batches(loaded.test, 128), verbose=0, return_dict=True)["accuracy"]
         found[arithmetic] = round(accuracy * len(loaded.test))
@@ -53,6 +44,7 @@ def main() -> None:
     parser.add_argument("--events", type=Path, help="where N-MNIST and POKER-DVS are (default: $KERAS_DSR_DATA)")
     options = parser.parse_args()
 
+    from keras_dsr import deployment
     from keras_dsr.models import presets
 
     about = machine()
@@ -67,7 +59,7 @@ def main() -> None:
         "",
         f"`{about['command']}`, {about['cores']} cores of {about['processor']}, {about['date']}.",
         "",
-        *markdown(["preset", *ARITHMETICS, "test examples"], rows),
+        *markdown(["preset", *deployment.ARITHMETICS, "test examples"], rows),
     ]
     write("arithmetic", {"machine": about, "results": results}, "\n".join(lines) + "\n")
 

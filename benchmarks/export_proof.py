@@ -92,13 +92,10 @@ def network(case: Case, folders: dict[str, Path | None], count: int, updates: in
 
 def copied(arithmetic: str, model: Any, preprocessing: Any, x: np.ndarray) -> tuple[Any, float]:
     """A copy that no runtime rounds otherwise, and the part of the inputs to which both give the same class."""
-    from keras_dsr.export import Grid, exact_copy, integer_copy
+    from keras_dsr import deployment
 
-    prepared = x if preprocessing is None else np.asarray(preprocessing(x))
-    grid = Grid.of(x) if preprocessing is None else Grid.of_bytes(preprocessing, x.shape[-1])
-    copy = (exact_copy if arithmetic == "exact" else integer_copy)(model, grid)
-    answers = [each.predict(prepared, batch_size=8, verbose=0).argmax(-1) for each in (model, copy)]
-    return copy, float(np.mean(answers[0] == answers[1]))
+    copy = deployment.copied(deployment.Source(model.name, model, preprocessing, {}, x), arithmetic)
+    return copy.model, copy.about["arithmetic"]["same_class_as_trained"]
 
 
 def prove(model: Any, preprocessing: Any, x: np.ndarray, batch_size: int, flip_budget: float) -> Any:

@@ -1,6 +1,6 @@
 """What a spiking network costs in ONNX Runtime when its convolutions are computed in whole numbers.
 
-    python benchmarks/integer_inference.py                 # the table, about five minutes on 2 cores
+    python benchmarks/integer_inference.py                 # the table, a few minutes
     python benchmarks/integer_inference.py --network preact_resnet20 --batches 1 8 32
 
 Compared, in one process, in turn, on as many threads as asked for:

@@ -259,7 +259,7 @@ def deploy(
     folder = base / given.name
     saved_model.check_base(folder)
     if arithmetic != "float":
-        given, flip_budget = _copied(given, arithmetic), 0.0
+        given, flip_budget = copied(given, arithmetic), 0.0
     settings = {
         "preprocessing": given.preprocessing,
         "examples": given.examples,
@@ -294,8 +294,19 @@ def _copy(model: keras.Model, grid: Grid, arithmetic: str) -> keras.Model:
     return {"exact": export.exact_copy, "integer": export.integer_copy}[arithmetic](model, grid)
 
 
-def _copied(given: Source, arithmetic: str) -> Source:
-    """The network with exact sums, or of whole numbers, in the place of the trained one."""
+def copied(given: Source, arithmetic: str) -> Source:
+    """What `deploy` exports in the place of a network: its copy with exact sums, or of whole numbers.
+
+    Args:
+        given: The network, with examples.
+        arithmetic: "exact" or "integer".
+
+    Returns:
+        The copy; what it was made with, and how often it gives the network's class, is in `about["arithmetic"]`.
+
+    Raises:
+        ValueError: if there are no examples, or the network has no such copy.
+    """
     if given.examples is None:
         raise ValueError(
             f"Such a copy of a network is made for real inputs, and the data set of {given.name} is not at hand. Say "
@@ -390,7 +401,7 @@ def verify(given: Source, folder: Path, onnx: Sequence[Path] = (), *, flip_budge
         if not versions:
             raise FileNotFoundError(f"There is no version of a SavedModel in {folder}: no folder named by a number.")
         folder = folder / str(versions[-1])
-    given, copied = _as_exported(given, folder)
+    given, is_copy = _as_exported(given, folder)
     named = re.compile(rf"{re.escape(folder.name)}(-loop|-step)?(-\d+bit)?")
     beside = sorted(path for path in folder.parent.glob("*.onnx") if named.fullmatch(path.stem))
     return export.verify(
@@ -399,5 +410,5 @@ def verify(given: Source, folder: Path, onnx: Sequence[Path] = (), *, flip_budge
         saved_model=folder,
         onnx=tuple(onnx) or beside,
         preprocessing=given.preprocessing,
-        flip_budget=0.0 if copied else flip_budget,
+        flip_budget=0.0 if is_copy else flip_budget,
     )
