@@ -3,7 +3,7 @@
     python benchmarks/peers.py               # makes it, if it is not there, and says what is in it
 
 It takes about 1.5 GB on disk, with PyTorch's build for CPUs; the build with CUDA, which pip
-finds on Linux where PyTorch's own index cannot be reached, takes several times that.
+finds on Linux where PyTorch's own index cannot be reached, takes more.
 
 The two never share a process with Keras, nor an environment with this package: neither side's requirements, threads or
 memory touch the other's. `KERAS_DSR_PEER_PYTHON` names another interpreter that has both, for example one with a GPU
