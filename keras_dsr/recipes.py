@@ -44,7 +44,7 @@ class Recipe:
         neuron: "if" or "lif".
         timesteps: Number N of time steps, of event frames too; 0 trains the representation network.
         threshold: Initial threshold V_th of each neuron layer.
-        train_threshold: Whether thresholds train.
+        train_threshold: Whether thresholds train; see `hybrid_train_threshold` too.
         threshold_lower_bound: Least value of a threshold.
         threshold_gradient_scale: Factor on a threshold's gradient; `None` for the neuron's default.
         alpha: Neurons fire at alpha V_th. 1 is the plain neuron, without the paper's firing mechanism.
@@ -77,6 +77,7 @@ class Recipe:
         hybrid_learning_rate: Largest learning rate of those passes.
         hybrid_weight_decay: Weight decay of those passes (SGD only).
         hybrid_percentile: Of the activations, which becomes the threshold; 100 for the maximum.
+        hybrid_train_threshold: Whether thresholds, once calibrated, train with spikes; if not, they stay.
         hybrid_quantized_epochs: Passes after that, still as representation network, in which neurons put out what
             `timesteps` steps of a constant current give: weights learn to live with the quantization error (Eqs. 18 and
             21), and with thresholds that stay as they were calibrated, at the cost of an ANN. 0 for none.
@@ -127,6 +128,7 @@ class Recipe:
     hybrid_learning_rate: float = 0.1
     hybrid_weight_decay: float = 5e-4
     hybrid_percentile: float = 99.9
+    hybrid_train_threshold: bool = True
     hybrid_quantized_epochs: int = 0
     hybrid_quantized_learning_rate: float = 0.05
     seed: int = 0
@@ -193,20 +195,26 @@ class Recipe:
                     f"{prefix}weight_decay={getattr(self, f'{prefix}weight_decay')!r}; set it to 0."
                 )
 
-    def neuron_layer(self, representation_steps: int | None = None) -> SpikingNeuron:
+    def neuron_layer(self, timesteps: int | None = None, representation_steps: int | None = None) -> SpikingNeuron:
         """A neuron layer with this recipe's settings, which `keras_dsr.models` give to all neurons of a network.
 
         Args:
+            timesteps: Number of time steps of the network, if not the recipe's: 0 for the representation network. The
+                layer does not have it itself: its network gives it to the neuron that makes the stream.
             representation_steps: As in the layer. Thresholds do not train then: they would grow to what suits a
                 constant current, and the larger a spike, the more it matters when it comes.
 
         Raises:
             ValueError: if a setting is out of range.
         """
+        spiking = self.timesteps if timesteps is None else timesteps
+        stay = representation_steps is not None or (
+            self.hybrid_epochs and spiking and not self.hybrid_train_threshold
+        )
         settings: dict[str, Any] = {
             "threshold": self.threshold,
             "alpha": self.alpha,
-            "trainable_threshold": self.train_threshold and representation_steps is None,
+            "trainable_threshold": self.train_threshold and not stay,
             "threshold_lower_bound": self.threshold_lower_bound,
             # SGD decays thresholds as it does all weights.
             "threshold_l2": 0.0,
@@ -238,7 +246,7 @@ class Recipe:
         """
         timesteps = self.timesteps if timesteps is None else timesteps
         common: dict[str, Any] = {
-            "neuron": self.neuron_layer(representation_steps),
+            "neuron": self.neuron_layer(timesteps, representation_steps),
             "classes": classes,
             "input_shape": input_shape,
             "dropout": self.dropout,

@@ -218,6 +218,18 @@ def test_quantized_passes_come_between(tmp_path, monkeypatch):
         training.train(TINY, tmp_path, verbose=0)
 
 
+@TENSORFLOW_ONLY  # whether a variable trains is Keras' own on JAX too
+def test_calibrated_thresholds_can_stay(tmp_path):
+    recipe = dataclasses.replace(TINY, hybrid_train_threshold=False)
+    training.train(recipe, tmp_path, verbose=0)
+    rows = history(tmp_path)
+    assert [row["stage"] for row in rows] == ["representation", "representation", "spiking", "spiking"]
+    first, second, *spiking = (float(row["threshold_neuron1"]) for row in rows)
+    assert first != second != spiking[0]
+    assert spiking[0] == spiking[1]
+    assert keras.models.load_model(tmp_path / "model.keras").get_layer("neuron1").threshold.trainable is False
+
+
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory):
     """A recipe with quantized passes, and the folder of a run that nothing stopped."""

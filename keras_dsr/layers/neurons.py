@@ -171,16 +171,21 @@ class SpikingNeuron(StreamLayer):
         """Of a representation network: the clamp, or what a constant current gives after so many steps."""
         if self.representation_steps is None:
             return clamped
+        coded = self._of_constant_current(ops.stop_gradient(representation), ops.stop_gradient(threshold))
+        return backend.carry(ops.stop_gradient(coded), clamped)
+
+    def _of_constant_current(self, current: Any, threshold: Any) -> Any:
+        """What `representation_steps` steps of a current (batch, ...) come to."""
         _, coded = backend.simulate(
-            ops.stop_gradient(representation),
-            ops.stop_gradient(threshold),
+            current,
+            threshold,
             alpha=self.alpha,
             decay=self.coding.decay,
             scale=self.scale,
             timesteps=self.representation_steps,
             loop="unrolled",  # what it puts out at each step is not asked for, and so not computed
         )
-        return backend.carry(ops.stop_gradient(coded), clamped)
+        return coded
 
     def _check(self, inputs: Any) -> None:
         if is_stream(inputs):
@@ -319,6 +324,15 @@ class IFSpike(SpikingNeuron):
             representation_steps=representation_steps,
             **kwargs,
         )
+
+    def _of_constant_current(self, current: Any, threshold: Any) -> Any:
+        # Potentials stay within [(alpha - 1) V_th, alpha V_th) after each reset where 0 <= I <= V_th, so that the number
+        # of spikes is a floor: the simulation's, but for rounding where a potential comes to lie on the firing level.
+        steps = self.representation_steps
+        dtype = keras.backend.result_type(current.dtype, "float32")
+        threshold = ops.cast(threshold, dtype)
+        spikes = ops.floor(ops.cast(current, dtype) * (steps / threshold) + (1.0 - self.alpha))
+        return ops.cast(ops.clip(spikes, 0.0, float(steps)) * (threshold / steps), current.dtype)
 
 
 @keras.saving.register_keras_serializable(package="keras_dsr")
