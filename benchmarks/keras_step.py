@@ -60,6 +60,33 @@ def forward_of(model, training: bool, jit: bool, x) -> Callable[[], object]:
     return lambda: jax.block_until_ready(run(weights, state, x))
 
 
+def training_call(task: dict, jit: bool) -> tuple[Callable[[], object], object]:
+    """A training step on a random batch, as a call that returns when it is done, and the model.
+
+    Args:
+        task: As in `measure`.
+        jit: Whether XLA compiles it.
+    """
+    import keras
+    import numpy as np
+
+    model = network(task["network"], task.get("kind", "dsr"), task["timesteps"], tuple(task["shape"]))
+    x = np.random.default_rng(0).random((task["batch"], *model.input_shape[1:]), dtype="float32")
+    y = np.arange(task["batch"]) % CLASSES
+    model.compile(
+        keras.optimizers.SGD(0.01, momentum=0.9),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=jit,
+    )
+
+    def call():
+        loss = float(model.train_on_batch(x, y))
+        if not math.isfinite(loss):
+            raise RuntimeError(f"The loss is finite. Received {loss}.")
+
+    return call, model
+
+
 def measure(task: dict) -> dict:
     """Measures one network.
 
@@ -75,21 +102,11 @@ def measure(task: dict) -> dict:
     keras.utils.set_random_seed(0)
     jit = task.get("jit", False) or keras.backend.backend() == "jax"
     started = time.perf_counter()
-    model = network(task["network"], task["kind"], task["timesteps"], tuple(task["shape"]))
-    x = np.random.default_rng(0).random((task["batch"], *model.input_shape[1:]), dtype="float32")
-    y = np.arange(task["batch"]) % CLASSES
     if task["mode"] == "train":
-        model.compile(
-            keras.optimizers.SGD(0.01, momentum=0.9),
-            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-            jit_compile=jit,
-        )
-
-        def call():
-            loss = float(model.train_on_batch(x, y))
-            if not math.isfinite(loss):
-                raise RuntimeError(f"The loss is finite. Received {loss}.")
+        call, model = training_call(task, jit)
     else:
+        model = network(task["network"], task["kind"], task["timesteps"], tuple(task["shape"]))
+        x = np.random.default_rng(0).random((task["batch"], *model.input_shape[1:]), dtype="float32")
         call = forward_of(model, task["mode"] == "forward", jit, x)
 
     result = {"build_s": time.perf_counter() - started, **timed(call, task["repeats"], task.get("warmup", 2))}

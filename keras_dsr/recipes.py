@@ -208,9 +208,7 @@ class Recipe:
             ValueError: if a setting is out of range.
         """
         spiking = self.timesteps if timesteps is None else timesteps
-        stay = representation_steps is not None or (
-            self.hybrid_epochs and spiking and not self.hybrid_train_threshold
-        )
+        stay = representation_steps is not None or (self.hybrid_epochs and spiking and not self.hybrid_train_threshold)
         settings: dict[str, Any] = {
             "threshold": self.threshold,
             "alpha": self.alpha,

@@ -426,6 +426,64 @@ def test_a_step_is_measured(mode, benchmark):
     assert all(measured[name] > 0 for name in ("cpu_s", "wall_s", "first_s", "build_s", "peak_mb"))
 
 
+def test_operations_have_kinds(benchmark):
+    kind_of = benchmark("profile_step").kind_of
+    kinds = {
+        "net_1/conv1_synapse_1/conv1_1/BiasAdd:_MklNativeFusedConv2D": "convolutions, forward",
+        "gradient_tape/net_1/conv1/convolution/Conv2DBackpropFilter:Conv2DBackpropFilter": "convolutions, backward",
+        "gradient_tape/net_1/head_1/MatMul_1:MatMul": "convolutions, backward",
+        "net_1/bn1_1/FusedBatchNormV3:FusedBatchNormV3": "normalization",
+        "net_1/neuron1_1/while/body/_12/net_1/neuron1_1/while/add:AddV2": "neurons",
+        "net_1/neuron1/Cast:Cast": "neurons",
+        "net_1/neuron11_1/Cast:Cast": "the rest",
+        "net_1/neuron1_1/while:StatelessWhile": None,
+        "ExecutorState::Process": None,
+        "FunctionRun": None,
+    }
+    assert {event: kind_of(event, {"neuron1"}) for event in kinds} == kinds
+
+
+@pytest.mark.tensorflow_only
+def test_seconds_of_a_step_are_found_by_kind(benchmark, monkeypatch):
+    profile = benchmark("profile_step")
+    monkeypatch.setattr(profile, "CEILING_SIZE", 64)
+    task = {"what": "seconds", "network": "resnet20", "timesteps": 2, "batch": 2, "shape": [8, 8, 3], "repeats": 1}
+    measured = profile.measure(task)
+    assert list(measured["seconds"]) == list(profile.KINDS)
+    assert all(seconds > 0 for seconds in measured["seconds"].values())
+    assert measured["ceiling"] > 0
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="asks XLA by JAX")
+def test_working_memory_of_a_step_is_told(benchmark):
+    task = {"what": "bytes", "network": "resnet20", "kind": "dsr", "batch": 2, "shape": [8, 8, 3]}
+    few, many = (benchmark("profile_step").measure({**task, "timesteps": steps}) for steps in (2, 6))
+    for told in (few, many):
+        assert told["training"]["flops"] > told["forward"]["flops"] > 0
+    assert many["forward"]["flops"] > 2 * few["forward"]["flops"]
+    assert many["forward"]["temporary_bytes"] > few["forward"]["temporary_bytes"]
+
+
+def test_a_profile_is_written(benchmark, monkeypatch, tmp_path):
+    profile = benchmark("profile_step")
+
+    def made_up(script, task, backend):
+        if task["what"] == "seconds":
+            assert backend == "tensorflow"
+            seconds = dict(zip(profile.KINDS, (2.0, 1.0, 0.5, 0.25, 0.25), strict=True))
+            return {"seconds": seconds, "wall_s": 4.0, "ceiling": 100.0}
+        assert backend == "jax"
+        size = (task["timesteps"] or 1) * 2**20
+        return {"forward": {"flops": 80.0, "temporary_bytes": size}, "training": {"temporary_bytes": 2 * size}}
+
+    monkeypatch.setattr(profile, "in_fresh_process", made_up)
+    profile.compare(profile.parser().parse_args(["--networks", "resnet20", "--timesteps", "5"]))
+    table = (tmp_path / "profile.md").read_text()
+    assert "| PreAct-ResNet-20 | 5 | 4.00 | 50% | 25% | 12% | 6% | 6% | 40% |" in table
+    assert "| PreAct-ResNet-20 | 5 | 5 | 10 | 2 |" in table
+    assert json.loads((tmp_path / "profile.json").read_text())["results"][0]["rate"] == 40.0
+
+
 def test_our_networks_and_stock_ones_have_as_many_parameters(benchmark):
     """Built, not run: the large ones, too."""
     network = benchmark("keras_step").network

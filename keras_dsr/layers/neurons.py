@@ -326,8 +326,8 @@ class IFSpike(SpikingNeuron):
         )
 
     def _of_constant_current(self, current: Any, threshold: Any) -> Any:
-        # Potentials stay within [(alpha - 1) V_th, alpha V_th) after each reset where 0 <= I <= V_th, so that the number
-        # of spikes is a floor: the simulation's, but for rounding where a potential comes to lie on the firing level.
+        # Where 0 <= I <= V_th, each reset leaves a potential in [(alpha - 1) V_th, alpha V_th), so that the number of
+        # spikes is a floor: the simulation's, but for rounding where a potential comes to lie on the firing level.
         steps = self.representation_steps
         dtype = keras.backend.result_type(current.dtype, "float32")
         threshold = ops.cast(threshold, dtype)
