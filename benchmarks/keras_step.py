@@ -93,13 +93,14 @@ def measure(task: dict) -> dict:
     Args:
         task: "network", "kind", "timesteps" and "shape" as in `network`; "mode" ("train"; "forward", its forward pass
             in training mode; or "inference"), "batch", "repeats", "warmup"; "jit", whether XLA compiles it, on
-            TensorFlow; "cores" that it may use.
+            TensorFlow; "precision", Keras' dtype policy; "cores" that it may use.
     """
     cores = use_cores(task.get("cores"))
     import keras
     import numpy as np
 
     keras.utils.set_random_seed(0)
+    keras.config.set_dtype_policy(task.get("precision", "float32"))
     jit = task.get("jit", False) or keras.backend.backend() == "jax"
     started = time.perf_counter()
     if task["mode"] == "train":

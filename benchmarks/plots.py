@@ -13,6 +13,7 @@ COLORS = {
     "ours": "#0b6e99",
     "ours, XLA": "#5aa9c9",
     "ours, JAX": "#9065b0",
+    "ours, bfloat16": "#2a9d8f",
     "ours, forward": "#787774",
     "ours, hybrid": "#448361",
     "PyTorch DSR": "#d9730d",

@@ -5,7 +5,8 @@
 
 Compared, each in fresh processes, in one run, forwards and backwards by turns, with the same cores:
 
-- ours: the network of `keras_dsr.models` on TensorFlow; with XLA; on JAX; and its forward pass alone, in training mode
+- ours: the network of `keras_dsr.models` on TensorFlow; with XLA; on JAX; in bfloat16, where all others have float32;
+  and its forward pass alone, in training mode
 - PyTorch DSR: the same method with a gradient at every time step, `torch_networks`
 - SpikingJelly BPTT: `IFNode` in multi-step mode, reset by subtraction, its ATan surrogate
 - SpikingJelly DSRIFNode
@@ -57,12 +58,14 @@ class Variant:
         kind: "dsr", "ann", "sj-bptt" or "sj-dsr".
         backend: Keras' backend, or "torch".
         jit: Whether XLA compiles it, on TensorFlow.
+        precision: Keras' dtype policy.
         modes: In which it is measured.
     """
 
     kind: str
     backend: str
     jit: bool = False
+    precision: str = "float32"
     modes: tuple[str, ...] = ("train", "inference")
 
 
@@ -70,6 +73,7 @@ VARIANTS = {
     "ours": Variant("dsr", "tensorflow"),
     "ours, XLA": Variant("dsr", "tensorflow", jit=True),
     "ours, JAX": Variant("dsr", "jax"),
+    "ours, bfloat16": Variant("dsr", "tensorflow", precision="mixed_bfloat16"),
     "ours, forward": Variant("dsr", "tensorflow", modes=("train",)),
     "PyTorch DSR": Variant("dsr", "torch"),
     "SpikingJelly BPTT": Variant("sj-bptt", "torch"),
@@ -155,7 +159,8 @@ def measure(case: Case, forms: Forms, repeats: int, cores: int | None, timeout: 
         "cores": cores,
     }
     if variant.backend != "torch":
-        return in_fresh_process(HERE / "keras_step.py", {**task, "jit": variant.jit}, variant.backend, timeout=timeout)
+        task |= {"jit": variant.jit, "precision": variant.precision}
+        return in_fresh_process(HERE / "keras_step.py", task, variant.backend, timeout=timeout)
     task["form"] = forms.get((case.network, case.mode, case.variant), "")
     return in_fresh_process(HERE / "torch_step.py", task, "torch", python=peers.python(), timeout=timeout)
 

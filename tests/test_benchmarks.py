@@ -418,10 +418,16 @@ def test_whole_numbers_have_a_target(benchmark, tmp_path):
     assert "preact_resnet18, batch 1: 2.00" in table
 
 
-@pytest.mark.parametrize("mode", ["train", "forward", "inference"])
-def test_a_step_is_measured(mode, benchmark):
+@pytest.mark.parametrize(
+    ("mode", "precision"),
+    [("train", "float32"), ("train", "mixed_bfloat16"), ("forward", "float32"), ("inference", "float32")],
+)
+def test_a_step_is_measured(mode, precision, benchmark, request):
+    request.addfinalizer(lambda: keras.config.set_dtype_policy("float32"))
     task = {"network": "resnet20", "kind": "dsr", "mode": mode, "timesteps": 2, "batch": 2, "shape": [8, 8, 3]}
+    task["precision"] = precision
     measured = benchmark("keras_step").measure({**task, "repeats": 1, "warmup": 1})
+    assert keras.config.dtype_policy().name == precision
     assert measured["parameters"] == 273_070
     assert all(measured[name] > 0 for name in ("cpu_s", "wall_s", "first_s", "build_s", "peak_mb"))
 
