@@ -3,6 +3,7 @@
     python benchmarks/export_proof.py --images DATA --events DATA
     python benchmarks/export_proof.py --network digits --examples 64
     python benchmarks/export_proof.py --arithmetic exact --images DATA --events DATA
+    python benchmarks/export_proof.py --network vgg11-if --add --events DATA    # beside the results that are there
 
 Each network is exported as a SavedModel and as ONNX in its three forms, and `keras_dsr.export.verify` compares all of
 them with Keras on the same inputs: those of the test part, and of the training part where that has too few.
@@ -19,13 +20,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import machine, write
+from measure import RESULTS, machine, write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +150,28 @@ def table(results: dict[str, Any], reports: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def add_earlier(name: str, results: dict[str, Any], reports: dict[str, Any]) -> None:
+    """Takes the networks of an earlier run into `results` and `reports`.
+
+    Raises:
+        ValueError: if that run was of another machine or other versions.
+    """
+    from keras_dsr.export.report import Report, Row
+
+    earlier = json.loads((RESULTS / f"{name}.json").read_text())
+    about = ("processor", "cores", "python", "versions")
+    differ = [each for each in about if earlier["machine"][each] != results["machine"][each]]
+    if differ:
+        raise ValueError(f"--add is for results of the same machine and versions. These differ: {', '.join(differ)}.")
+    commands = earlier["command"].split("; ")
+    results["command"] = "; ".join([*commands, results["command"] + " --add"])
+    results["networks"] = earlier["networks"]
+    for network, kept in earlier["networks"].items():
+        fields = {field.name: kept[field.name] for field in dataclasses.fields(Report)}
+        rows = tuple(Row(**row) for row in fields.pop("rows"))
+        reports[network] = Report(**{**fields, "rows": rows, "silent": tuple(fields["silent"])})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=tuple(CASES), nargs="+", default=list(CASES))
@@ -157,6 +181,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="larger ones take many GB for ResNet-18")
     parser.add_argument("--updates", type=int, default=20)
     parser.add_argument("--arithmetic", choices=("float", "exact", "integer"), default="float")
+    parser.add_argument("--add", action="store_true", help="keep the other networks of an earlier run of this machine")
     options = parser.parse_args()
 
     copy = options.arithmetic != "float"
@@ -166,7 +191,10 @@ def main() -> None:
         f"--examples {options.examples}{f' --arithmetic {options.arithmetic}' if copy else ''}",
         "networks": {},
     }
+    name_of_results = f"export_proof_{options.arithmetic}" if copy else "export_proof"
     reports: dict[str, Any] = {}
+    if options.add:
+        add_earlier(name_of_results, results, reports)
     folders = {"images": options.images, "events": options.events}
     for name in options.network:
         started = time.perf_counter()
@@ -180,7 +208,7 @@ def main() -> None:
         print(f"{name}: {'passed' if report.passed else 'FAILED'} in {time.perf_counter() - started:.0f} s", flush=True)
         text = table(results, reports)
         # After each, since they take minutes.
-        write(f"export_proof_{options.arithmetic}" if copy else "export_proof", results, text)
+        write(name_of_results, results, text)
     print(text)
 
 

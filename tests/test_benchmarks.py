@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
 import json
 import os
@@ -15,6 +16,8 @@ import helpers
 import keras
 import numpy as np
 import pytest
+
+from keras_dsr.export.report import Report, Row
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -430,6 +433,24 @@ def test_a_step_is_measured(mode, precision, benchmark, request):
     assert keras.config.dtype_policy().name == precision
     assert measured["parameters"] == 273_070
     assert all(measured[name] > 0 for name in ("cpu_s", "wall_s", "first_s", "build_s", "peak_mb"))
+
+
+def test_proofs_are_added_to_earlier_ones(benchmark, tmp_path):
+    proof = benchmark("export_proof")
+    row = {field.name: None for field in dataclasses.fields(Row)}
+    row |= {"form": "step", "runtime": "some", "examples": 2, "bit_equal": True, "passed": True, "reason": ""}
+    report = Report("digits", (Row(**row),), ("neuron2",), 1e-5, 0.0)
+    about = {"processor": "some", "cores": 2, "python": "3", "versions": {"keras": "3"}, "date": "2026-01-01"}
+    earlier = {"machine": about, "command": "python one", "networks": {"digits": dataclasses.asdict(report)}}
+    (tmp_path / "proof.json").write_text(json.dumps(earlier))
+    results, reports = {"machine": dict(about), "command": "python two", "networks": {}}, {}
+    proof.add_earlier("proof", results, reports)
+    assert results["command"] == "python one; python two --add"
+    assert reports == {"digits": report}
+    assert "| digits | 2 | step | some | bit-equal |" in proof.table(results, reports)
+    results["machine"]["versions"] = {"keras": "4"}
+    with pytest.raises(ValueError, match=r"the same machine and versions\. These differ: versions"):
+        proof.add_earlier("proof", results, reports)
 
 
 def test_operations_have_kinds(benchmark):

@@ -6,7 +6,7 @@ numbers of a sum are whole multiples of one power of two, its grid, and no part 
 nothing is rounded, whatever the order. `exact_copy` brings a trained network to that:
 
 - the input is rounded to a grid (`keras_dsr.layers.FixedPoint`);
-- a spike is worth a number of 8 bits;
+- a spike is worth a number of 8 bits, or of fewer where so many inputs meet that weights would be left with too few;
 - kernels and biases are rounded, for each output channel to the finest grid whose largest possible sum, all inputs at
   their most, has 24 bits, so that the more inputs meet, the fewer bits a weight has;
 - normalization becomes gamma (x - mean), with the mean on a grid and beta folded into it (`keras_dsr.layers.Scale`).
@@ -55,7 +55,7 @@ from keras_dsr.layers.neurons import SpikingNeuron, neurons_of
 BITS = 24
 """Of a float32 number: whole numbers up to 2^24 are exact."""
 _SMALLEST = -126  # exponent of float32's smallest number that all runtimes keep
-_WORTH_BITS = 8
+_WORTH_BITS = (8, 6, 5, 4)  # of a spike, in the order in which they are tried
 _LEAST_STEPS = 8  # that the largest weight of a channel is rounded to: 4 bits, with the sign
 _ROUNDS = 64
 _OF_ZERO = 900  # zero is a whole multiple of everything
@@ -179,18 +179,39 @@ def exact_copy(model: keras.Model, grid: Grid) -> keras.Model:
     True
     """
     check_model(model)
-    copy = _on_grid(_without_normalization(model), grid)
+    plain = _without_normalization(model)
+    for bits in _WORTH_BITS:
+        copy = _on_grid(plain, grid)
+        try:
+            _settle(copy, bits)
+            break
+        except _TooFewSteps:
+            if bits == _WORTH_BITS[-1]:
+                raise
+    largest_sums(copy)  # raises, if anything above is wrong
+    return copy
+
+
+class _TooFewSteps(ValueError):
+    """Too few bits are left for the weights of a kernel."""
+
+
+def _settle(copy: keras.Model, bits: int) -> None:
+    """Rounds the weights of a model such that its sums are exact, with spikes that are worth numbers of so many bits.
+
+    Raises:
+        _TooFewSteps: if too little would be left of a kernel.
+        ValueError: if the network has layers whose sums cannot be exact.
+    """
     settling = _Settling()
     for neuron in neurons_of(copy):
-        _round_worth(neuron)
+        _round_worth(neuron, bits)
     for _ in range(_ROUNDS):
         settling.again = False
         _Walk(copy, settling).run()
         if not settling.again:
             break
     settling.check(copy)
-    largest_sums(copy)  # raises, if anything above is wrong
-    return copy
 
 
 def largest_sums(model: keras.Model) -> dict[str, float]:
@@ -326,21 +347,22 @@ def _on_grid(model: keras.Model, grid: Grid) -> keras.Model:
     return found
 
 
-def _round_worth(neuron: SpikingNeuron) -> None:
-    """Gives a neuron layer a threshold of which a spike's worth has few bits."""
+def _round_worth(neuron: SpikingNeuron, bits: int) -> None:
+    """Gives a neuron layer a threshold of which a spike's worth has so many bits."""
     scale = np.float32(neuron.scale)
     mantissa, exponent = math.frexp(np.float32(neuron.threshold) * scale)
-    nearest = round(mantissa * 2**_WORTH_BITS)
+    nearest = round(mantissa * 2**bits)
     # Not every number is a threshold's product with the scale, as it is rounded; one of the nearest is.
-    for whole in sorted(range(nearest - 8, nearest + 9), key=lambda number: abs(number - nearest)):
-        wanted = np.float32(math.ldexp(whole, exponent - _WORTH_BITS))
+    away = max(2 ** (bits - 5), 1)
+    for whole in sorted(range(nearest - away, nearest + away + 1), key=lambda number: abs(number - nearest)):
+        wanted = np.float32(math.ldexp(whole, exponent - bits))
         first = np.float32(wanted / scale)
         for each in (first, *(np.nextafter(first, np.float32(toward)) for toward in (0.0, math.inf))):
             if each * scale == wanted:
                 neuron.threshold.assign(each)
                 return
     raise ValueError(
-        f"A spike of {neuron.name!r}, V_th / dt, cannot be worth a number of {_WORTH_BITS} bits near "
+        f"A spike of {neuron.name!r}, V_th / dt, cannot be worth a number of {bits} bits near "
         f"{mantissa * 2.0**exponent}: its scale is {neuron.scale}. Use a dt such as 0.05."
     )
 
@@ -484,7 +506,7 @@ class _Settling:
             sums = off * len(before) * self._inputs[key]
             matters = (sums > self._totals[key] / 2**8) & (sums > 2.0 ** (_SMALLEST + BITS))
             if ((off > largest / (2 * _LEAST_STEPS)) & matters).any():
-                raise ValueError(
+                raise _TooFewSteps(
                     f"The sums of model {model.name!r} cannot be exact: those of layer {name!r} leave its largest "
                     f"weight in some channel fewer than {_LEAST_STEPS} steps. Fewer inputs have to meet in one sum: "
                     "use fewer channels, or a coarser grid for the input."

@@ -252,13 +252,35 @@ def test_kernels_of_few_bits_have_the_values_that_they_compute_with():
 @pytest.mark.parametrize(
     ("dt", "threshold"), [(0.05, 0.3), (0.03, 0.123), (0.7, 2.9), (0.3, 0.26), (0.7, 0.15), (0.03, 0.51)]
 )
-def test_spikes_are_worth_eight_bits(dt, threshold):
+@pytest.mark.parametrize("bits", [8, 6, 5, 4])
+def test_spikes_are_worth_few_bits(dt, threshold, bits):
     neuron = layers.LIFSpike(threshold=threshold, dt=dt)
     keras.Sequential([keras.Input((3, 2)), neuron])
-    exact._round_worth(neuron)
+    exact._round_worth(neuron, bits)
     worth = np.float32(neuron.threshold) * np.float32(neuron.scale)
-    assert (worth * 2.0 ** -np.floor(np.log2(worth)) * 128) % 1 == 0
-    assert float(neuron.threshold) == pytest.approx(threshold, rel=3 / 256)
+    assert (worth * 2.0 ** -np.floor(np.log2(worth)) * 2 ** (bits - 1)) % 1 == 0
+    assert float(neuron.threshold) == pytest.approx(threshold, rel=3 / 2**bits)
+
+
+def test_spikes_are_worth_fewer_bits_where_many_inputs_meet():
+    """As in VGG-11: 512 channels, averaged over four places ahead of a 3x3 kernel."""
+    generator = np.random.default_rng(0)
+    inputs = keras.Input((2, 4, 4, 2))
+    x = layers.IFSpike(0.73, name="first")(layers.ToStream()(inputs))
+    x = layers.Synapse(keras.layers.Conv2D(512, 1, use_bias=False))(x)
+    x = layers.IFSpike(0.73, name="wide")(x)
+    x = layers.Synapse(keras.layers.AveragePooling2D(2))(x)
+    x = layers.Synapse(keras.layers.Conv2D(4, 3, padding="same", use_bias=False), name="meeting")(x)
+    x = layers.IFSpike(0.73, name="last")(x)
+    model = keras.Model(inputs, layers.SpikeRep()(x))
+    kernel = model.get_layer("meeting").layer.kernel
+    # Most weights of a trained kernel are far below its largest ones; here hardly any is.
+    kernel.assign(generator.uniform(-1, 1, kernel.shape) / 64)
+    copy = exact_copy(model, GRID)
+    assert max(largest_sums(copy).values()) <= 24
+    worth = numpy(copy.get_layer("wide").threshold) * 64
+    assert worth % 1 == 0  # 6 bits or fewer, of 0.73
+    assert (worth / 64) == pytest.approx(0.73, rel=1 / 16)
 
 
 def test_channels_that_are_dead_or_all_zero():
