@@ -8,7 +8,8 @@
 - `keras_dsr.Stream`: what travels between layers
 - `keras_dsr.callbacks`: `CheckFinite`
 - `keras_dsr.optimizers`: `SGD`, with the paper's weight decay
-- the command line, `keras-dsr`: `train`, `resume`, `evaluate`, `recipes`, `pack`, `compare`
+- `keras_dsr.training`: `train`, and `strategy` for several devices
+- the command line, `keras-dsr`: `train`, `resume`, `evaluate`, `recipes`, `pack`, `compare`, `check-tpu`
 
 Reference: Meng et al., "Training High-Performance Low-Latency Spiking Neural Networks by Differentiation on Spike
 Representation", CVPR 2022.

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_dsr import backend
 from keras_dsr.constraints import not_finite
 from keras_dsr.layers.neurons import neurons_of
 
@@ -38,11 +39,11 @@ class CheckFinite(keras.callbacks.Callback):
     def _check_weights(self, when: str) -> None:
         model = self.model
         for layer in neurons_of(model):
-            if not math.isfinite(float(np.asarray(layer.threshold))):
+            if not math.isfinite(float(backend.to_numpy(layer.threshold.value))):
                 raise ValueError(not_finite(f"threshold of {type(layer).__name__} {layer.name!r}"))
         for layer in model._flatten_layers(include_self=False, recursive=True):
             for weight in layer._trainable_variables + layer._non_trainable_variables:
-                if not np.isfinite(np.asarray(weight.value)).all():
+                if not np.isfinite(backend.to_numpy(weight.value)).all():
                     raise ValueError(
                         f"Weights of layer {layer.name!r} ({weight.path}) are no longer finite numbers {when}. Lower "
                         "the learning rate, clip the gradients with clipnorm, or look for NaN in the data."

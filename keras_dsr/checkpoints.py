@@ -14,6 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_dsr import backend
 from keras_dsr.files import replacing
 
 
@@ -29,15 +30,19 @@ def _variables(model: keras.Model) -> dict[str, Any]:
     return named | {f"optimizer/{number}": variable for number, variable in enumerate(model.optimizer.variables)}
 
 
-def save(path: Path, model: keras.Model, progress: dict[str, Any]) -> None:
+def save(path: Path, model: keras.Model, progress: dict[str, Any], write: bool = True) -> None:
     """Writes a checkpoint.
 
     Args:
         path: The file; it is replaced as a whole.
         model: A built and compiled model.
         progress: What else to keep, as JSON can hold it.
+        write: Whether this process writes it. Of several processes that train a model together all call this, as each
+            may have a part of the weights, and one writes.
     """
-    arrays = {name: np.asarray(variable.value) for name, variable in _variables(model).items()}
+    arrays = {name: backend.to_numpy(variable.value) for name, variable in _variables(model).items()}
+    if not write:
+        return
     with replacing(path) as beside, beside.open("wb") as file:
         np.savez(file, progress=np.asarray(json.dumps(progress)), **arrays)
 
@@ -79,11 +84,11 @@ def copy(source: keras.Model, target: keras.Model) -> None:
     """Gives a model and its optimizer the values of another.
 
     Args:
-        source: The model that has them, built and compiled.
+        source: The model that has them, built and compiled; it may be spread over devices.
         target: The one that gets them: of the same kind, though it may compute in another precision.
     """
     for theirs, own in zip(_variables(source).values(), _variables(target).values(), strict=True):
-        own.assign(theirs)
+        own.assign(backend.to_numpy(theirs.value))
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

@@ -1,4 +1,6 @@
-"""The command line, `keras-dsr`: train, resume, evaluate, recipes, pack, compare, export, verify, serve."""
+"""The command line, `keras-dsr`: train, resume, evaluate, recipes, pack, compare, export, verify, check-tpu,
+serve.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from keras_dsr import deployment, recipes, runs, serving, training
+from keras_dsr.distribution import DEVICES, Strategy
 from keras_dsr.export import FORMS
 from keras_dsr.recipes import Recipe
 
@@ -50,6 +53,10 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument(
             "--export", type=Path, metavar="FOLDER", help="export the result too, as keras-dsr export does"
         )
+        each.add_argument(
+            "--devices", choices=tuple(DEVICES), help="where to train, on several devices (default: one device)"
+        )
+        each.add_argument("--replicas", type=int, help="how many there must be; of CPU devices, how many are made")
         each.add_argument("--download", action="store_true", help="download the data set if it is not there")
         each.add_argument("--tensorboard", action="store_true", help="write TensorBoard's logs to the run folder")
         each.add_argument("--verbose", type=int, default=None, help="2 for one line an epoch, 0 for none")
@@ -123,6 +130,24 @@ def _parser() -> argparse.ArgumentParser:
             metavar="PART",
             help="which part of the places where a spike could be may differ (default: 1e-6)",
         )
+    check_tpu = commands.add_parser(
+        "check-tpu",
+        help="compile a recipe's training for TPUs, without one",
+        description="Compile a recipe's training step ahead of time for the TPUs of a topology, on a machine without "
+        "one: shapes that are not fixed, operations that do not compile, exchanges between replicas. Needs "
+        "KERAS_BACKEND=jax.",
+    )
+    check_tpu.add_argument("recipe", help="name of the recipe, or a recipe.json")
+    check_tpu.add_argument("--topology", default="v5e:2x2", help="generation and shape (default: v5e:2x2, 4 cores)")
+    check_tpu.add_argument("--data-dir", type=Path, help="where the data set is (default: $KERAS_DSR_DATA)")
+    check_tpu.add_argument("--report", type=Path, help="write the findings to this .json file")
+    check_tpu.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change a setting of the recipe, such as batch_size=256; may be given several times",
+    )
     serve = commands.add_parser(
         "serve",
         help="serve exported models, for development",
@@ -158,17 +183,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _recipe(given: str) -> Recipe:
+    """The recipe of a name, or of a file."""
+    return Recipe.from_json(Path(given).read_text()) if given.endswith(".json") else recipes.get(given)
+
+
 def _train(options: argparse.Namespace) -> None:
-    given = Path(options.recipe)
-    recipe = Recipe.from_json(given.read_text()) if given.suffix == ".json" else recipes.get(options.recipe)
+    recipe = _recipe(options.recipe)
     changes = recipes.parse_settings(options.set)
     for name in ("epochs", "timesteps", "seed"):
         if getattr(options, name) is not None:
             changes[name] = getattr(options, name)
     recipe = recipe.with_settings(changes)
+    devices = training.strategy(options.devices, replicas=options.replicas)
+    if devices.processes > 1 and options.folder is None:
+        raise ValueError("Several processes train into one folder, which all of them can read: name it with --folder.")
     folder = options.folder or runs.new_folder(recipe, options.runs)
     try:
-        _run(recipe, folder, options)
+        _run(recipe, folder, devices, options)
     except BaseException:
         if options.folder is None:
             runs.discard(folder)
@@ -176,10 +208,11 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _resume(options: argparse.Namespace) -> None:
-    _run(runs.recipe_of(options.run), options.run, options)
+    devices = training.strategy(options.devices, replicas=options.replicas)
+    _run(runs.recipe_of(options.run), options.run, devices, options)
 
 
-def _run(recipe: Recipe, folder: Path, options: argparse.Namespace) -> None:
+def _run(recipe: Recipe, folder: Path, devices: Strategy, options: argparse.Namespace) -> None:
     if options.export is not None:
         with _told():
             deployment.check(recipe)
@@ -188,6 +221,7 @@ def _run(recipe: Recipe, folder: Path, options: argparse.Namespace) -> None:
         summary = training.train(
             recipe,
             folder,
+            devices=devices,
             data_dir=options.data_dir,
             download=options.download,
             tensorboard=options.tensorboard,
@@ -197,6 +231,8 @@ def _run(recipe: Recipe, folder: Path, options: argparse.Namespace) -> None:
         if _written(folder) != before:
             print(f"keras-dsr: stopped; go on with: keras-dsr resume {folder}", file=sys.stderr)
         raise
+    if not devices.is_chief:
+        return
     _report(summary, folder)
     if options.export is not None:
         _deploy(deployment.source(folder, data_dir=options.data_dir), options.export)
@@ -313,6 +349,22 @@ def _told() -> Iterator[None]:
         raise ValueError(str(error)) from error
 
 
+def _check_tpu(options: argparse.Namespace) -> None:
+    try:
+        from keras_dsr import tpu
+    except ModuleNotFoundError as error:
+        raise ImportError("Compiling for TPUs needs JAX and libtpu: pip install 'keras-dsr[tpu]'.") from error
+    recipe = _recipe(options.recipe).with_settings(recipes.parse_settings(options.set))
+    findings = []
+    for finding in tpu.check(recipe, topology=options.topology, data_dir=options.data_dir):
+        print("\n".join(finding.lines()), flush=True)
+        findings.append(finding)
+    if options.report is not None:
+        tpu.write(options.report, findings)
+    if not all(finding.ready for finding in findings):
+        raise ValueError(f"{recipe.name} is not ready for {options.topology}.")
+
+
 def _serve(options: argparse.Namespace) -> None:
     settings = serving.Settings(
         host=options.host,
@@ -334,6 +386,7 @@ _COMMANDS = {
     "compare": _compare,
     "export": _export,
     "verify": _verify,
+    "check-tpu": _check_tpu,
     "serve": _serve,
 }
 

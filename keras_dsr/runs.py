@@ -18,7 +18,8 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ except ImportError:  # not on Windows
 
 # What `replacing` leaves of a process that was killed as it wrote.
 _LEFT_OVER = re.compile(r"\.\d+-.+\.(json|npz|csv|png|keras)")
+# What runs were trained on that do not say so.
+_ONE_DEVICE = types.MappingProxyType({"strategy": "one", "replicas": 1, "processes": 1})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,21 +220,33 @@ def environment() -> dict[str, Any]:
     }
 
 
-def check_environment(folder: Path) -> None:
-    """Writes down where a run is made, as it begins; later, makes sure that it goes on with the same backend.
+def check_environment(folder: Path, devices: Mapping[str, Any] = _ONE_DEVICE) -> None:
+    """Writes down where a run is made, as it begins; later, makes sure that it goes on with the same.
+
+    Args:
+        folder: The run folder.
+        devices: What it trains on, as `keras_dsr.distribution.Strategy.facts` says.
 
     Raises:
-        ValueError: if the run was begun with another Keras backend, whose sums are rounded in another order.
+        ValueError: if the run was begun with another Keras backend, strategy or number of replicas or processes, whose
+            sums are rounded in another order.
     """
     path = folder / "environment.json"
     if not path.is_file():
-        write(path, json_text(environment()))
+        write(path, json_text({**environment(), "devices": dict(devices)}))
         return
-    before = json.loads(path.read_text())["backend"]
-    if before != keras.backend.backend():
+    before = json.loads(path.read_text())
+    if before["backend"] != keras.backend.backend():
         raise ValueError(
-            f"{folder} was begun with the Keras backend {before!r} and goes on to the same weights only with it. "
-            f"Received {keras.backend.backend()!r}; set KERAS_BACKEND={before}."
+            f"{folder} was begun with the Keras backend {before['backend']!r} and goes on to the same weights only "
+            f"with it. Received {keras.backend.backend()!r}; set KERAS_BACKEND={before['backend']}."
+        )
+    begun = before.get("devices", _ONE_DEVICE)
+    if begun != devices:
+        pairs = ", ".join(f"{name}={begun.get(name)!r} and received {devices.get(name)!r}" for name in begun | devices)
+        raise ValueError(
+            f"{folder} was begun on other devices and goes on to the same weights only with as many. Expected {pairs}. "
+            "Choose devices and replicas as they were, or name another folder."
         )
 
 

@@ -2,13 +2,15 @@
 
 A training has one stage, with spikes, or more (hybrid): the representation network first; then, from thresholds
 calibrated on its activations, the same with quantized outputs, if the recipe says so, and the spiking one. After each
-epoch a checkpoint holds all that the training needs to go on. What is in the folder: `keras_dsr.runs`.
+epoch a checkpoint holds all that the training needs to go on. What is in the folder: `keras_dsr.runs`. Where it runs,
+on one device or many: `strategy`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -20,19 +22,23 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras import ops
 
-from keras_dsr import checkpoints, data, models, runs
+from keras_dsr import backend, checkpoints, data, models, runs
 from keras_dsr.analysis import figures, firing
 from keras_dsr.callbacks import CheckFinite
 from keras_dsr.constraints import not_finite
 from keras_dsr.data.augmentation import Augmentation
 from keras_dsr.data.parts import DataSet, Part
+from keras_dsr.distribution import Strategy, as_known_error, strategy
 from keras_dsr.files import replacing
 from keras_dsr.models import presets
 from keras_dsr.models.presets import Card
 from keras_dsr.optimizers import SGD
 from keras_dsr.recipes import Recipe
 from keras_dsr.runs import Stage, Summary
+
+__all__ = ["compile_model", "evaluate", "load", "pack", "stages", "strategy", "train"]
 
 # Enough: each gives thousands of activations to most layers, and as many as there are classes to the last.
 _CALIBRATION_EXAMPLES = 2048
@@ -106,7 +112,7 @@ def compile_model(
     model.compile(
         optimizer=chosen,
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
+        weighted_metrics=["accuracy"],  # batches of one size have examples that do not count
         jit_compile=jit_compile,
     )
 
@@ -114,9 +120,10 @@ def compile_model(
 class _Keeper(keras.callbacks.Callback):
     """Keeps the history and a checkpoint of each epoch, and the weights of the best one."""
 
-    def __init__(self, folder: Path, plan: _Plan, state: dict[str, Any], keep_best: bool) -> None:
+    def __init__(self, folder: Path, plan: _Plan, state: dict[str, Any], keep_best: bool, writes: bool) -> None:
         super().__init__()
         self.folder = folder
+        self.writes = writes
         self.plan = plan
         self.state = state
         self.keep_best = keep_best
@@ -132,7 +139,7 @@ class _Keeper(keras.callbacks.Callback):
                 "stage": self.plan.name,
                 "epoch": epoch + 1,
                 **logs,
-                "learning_rate": float(np.asarray(self.model.optimizer.learning_rate)),
+                "learning_rate": float(backend.to_numpy(ops.convert_to_tensor(self.model.optimizer.learning_rate))),
                 "seconds": time.perf_counter() - self._started,
                 **{f"threshold_{name}": value for name, value in firing.thresholds(self.model).items()},
             }
@@ -141,16 +148,18 @@ class _Keeper(keras.callbacks.Callback):
         if self.keep_best and logs["val_accuracy"] >= self.state["best"][1]:
             self.state["best"] = [epoch + 1, logs["val_accuracy"]]
             # Before the checkpoint that speaks of it: killed in between, the epoch is run again and gives the same.
-            checkpoints.save(self.folder / "best.npz", self.model, {"epoch": epoch + 1})
+            checkpoints.save(self.folder / "best.npz", self.model, {"epoch": epoch + 1}, self.writes)
         # The checkpoint is last, so that nothing in the folder is older than what it speaks of.
-        runs.write_history(self.folder / "history.csv", self.state["rows"])
-        checkpoints.save(self.folder / "checkpoint.npz", self.model, self.state)
+        if self.writes:
+            runs.write_history(self.folder / "history.csv", self.state["rows"])
+        checkpoints.save(self.folder / "checkpoint.npz", self.model, self.state, self.writes)
 
 
 def train(
     recipe: Recipe,
     folder: Path,
     *,
+    devices: Strategy | None = None,
     data_dir: Path | None = None,
     download: bool = False,
     tensorboard: bool = False,
@@ -163,7 +172,9 @@ def train(
 
     Args:
         recipe: What to train.
-        folder: A folder for the results; new, empty, or of a run of this recipe.
+        folder: A folder for the results; new, empty, or of a run of this recipe. Several processes name the same one,
+            which all of them can read; the chief writes.
+        devices: Where to train, of `strategy`; `None` for one device.
         data_dir: Where the data set is, see `keras_dsr.data.load`.
         download: Whether to download the data set if it is not there.
         tensorboard: Whether to write TensorBoard's logs to the folder's `tensorboard`.
@@ -173,8 +184,10 @@ def train(
         What came out of it.
 
     Raises:
-        ValueError: if a loss, weight or threshold becomes NaN or infinite on the way, or the folder is that of a run
-            with other settings.
+        ValueError: if a loss, weight or threshold becomes NaN or infinite on the way; the folder is that of a run with
+            other settings, or on other devices; a batch cannot be spread evenly over the replicas; or processes
+            differ in versions, recipe or checkpoint.
+        ConnectionError: if another process of the training is gone.
         FileNotFoundError: if the data set is not there.
         FileExistsError: if the folder has files but is not that of a run.
         BlockingIOError: if another process is training in the folder.
@@ -182,14 +195,29 @@ def train(
     """
     if tensorboard:
         _check_tensorboard()
+    devices = devices or strategy()
+    devices.check_batch_size(recipe.batch_size)
     augmentation = Augmentation(recipe.augmentation, padding=recipe.padding, cutout=recipe.cutout)
-    folder.mkdir(parents=True, exist_ok=True)
-    with runs.locked(folder):
-        runs.open_folder(recipe, folder)
-        if (folder / "summary.json").is_file():
+    with contextlib.ExitStack() as held, as_known_error(devices):
+
+        def begin() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(runs.locked(folder))
+            runs.open_folder(recipe, folder)
+
+        devices.agree("recipe", recipe.to_json())
+        devices.on_chief(begin)
+        if not (folder / "recipe.json").is_file():
+            raise FileNotFoundError(
+                f"The chief has made {folder}, and it is not seen here. All processes of a training need the same "
+                "folder."
+            )
+        finished = (folder / "summary.json").is_file()
+        devices.agree("state of the run folder", json.dumps([finished, _digest(folder / "checkpoint.npz")]))
+        if finished:
             return runs.summary_of(folder)
         loaded = load(recipe, data_dir=data_dir, download=download)
-        runs.check_environment(folder)
+        devices.on_chief(lambda: runs.check_environment(folder, devices.facts()))
         state: dict[str, Any] = {"rows": [], "stage": -1, "epoch": 0, "best": [0, -1.0], "calibrated": None}
         if (folder / "checkpoint.npz").is_file():
             state = checkpoints.progress(folder / "checkpoint.npz")
@@ -199,9 +227,18 @@ def train(
             if plan.number < state["stage"]:
                 continue
             weights = None if model is None else _calibrated(model, recipe, plan, loaded)
+            if weights is not None:
+                devices.agree("calibrated weights", hashlib.sha256(b"".join(w.tobytes() for w in weights)).hexdigest())
             model = None  # its memory is for the next stage
-            model = _run_stage(recipe, plan, folder, loaded, augmentation, state, weights, tensorboard, verbose)
-        return _finish(recipe, folder, loaded, state, model)
+            model = _run_stage(
+                recipe, plan, folder, devices, loaded, augmentation, state, weights, tensorboard, verbose
+            )
+        return _finish(recipe, folder, devices, loaded, state, model)
+
+
+def _digest(path: Path) -> str | None:
+    """What tells a file from another; `None` if there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def load(recipe: Recipe, *, data_dir: Path | None = None, download: bool = False) -> DataSet:
@@ -238,7 +275,14 @@ def load(recipe: Recipe, *, data_dir: Path | None = None, download: bool = False
 
 
 def _calibrated(model: keras.Model, recipe: Recipe, plan: _Plan, loaded: DataSet) -> list[np.ndarray]:
-    """Weights of a trained representation network, made ready for the stage that follows."""
+    """Weights of a trained representation network, made ready for the stage that follows.
+
+    Args:
+        model: The network, of this process alone.
+        recipe: The recipe.
+        plan: The stage that follows.
+        loaded: The data set.
+    """
     size = min(recipe.batch_size, 128)
     examples = loaded.training_batches(size, seed=recipe.seed).take(math.ceil(_CALIBRATION_EXAMPLES / size))
     if plan.number == 1:  # later, thresholds have been trained to what they are for
@@ -256,6 +300,7 @@ def _run_stage(
     recipe: Recipe,
     plan: _Plan,
     folder: Path,
+    devices: Strategy,
     loaded: DataSet,
     augmentation: Augmentation,
     state: dict[str, Any],
@@ -263,12 +308,13 @@ def _run_stage(
     tensorboard: bool,
     verbose: int | str,
 ) -> keras.Model:
-    """Trains one stage to its end and gives its model.
+    """Trains one stage to its end and gives its model, which is of this process alone.
 
     Args:
         recipe: The recipe.
         plan: The stage.
         folder: The run folder.
+        devices: Where to train.
         loaded: The data set.
         augmentation: Random changes to training inputs.
         state: How far the run came; goes on from there, and is changed.
@@ -278,11 +324,54 @@ def _run_stage(
     """
     # Each stage draws its own numbers, whether or not this process ran the one before.
     keras.utils.set_random_seed(recipe.seed + 7919 * plan.number)
-    with _dtype_policy(recipe.precision):
-        model = recipe.build(loaded.classes, loaded.input_shape, plan.timesteps, plan.representation_steps)
     steps = loaded.steps(recipe.batch_size)
+    last = plan.number == len(_plans(recipe)) - 1
+
     # In bfloat16 it is slower with XLA than without.
     worth = plan.timesteps == 0 and recipe.precision == "float32" and steps * plan.epochs >= _STEPS_WORTH_COMPILING
+    jit_compile = True if worth else "auto"
+    with devices.scope():
+        model = devices.prepare(_build(recipe, plan, loaded.classes, loaded.input_shape))
+        _compile(model, recipe, plan, steps, devices.jit_compile(jit_compile))
+        _fit(model, recipe, plan, folder, devices, loaded, augmentation, state, weights, tensorboard, verbose)
+        if last and (folder / "best.npz").is_file():
+            checkpoints.restore(folder / "best.npz", model)
+        if devices.name == "one":
+            return model
+        if last:
+            state["test_accuracy"] = _accuracy(model, loaded, loaded.test, devices)
+    own = _build(recipe, plan, loaded.classes, loaded.input_shape)
+    _compile(own, recipe, plan, steps, jit_compile)
+    checkpoints.copy(model, own)
+    return own
+
+
+def stages(
+    recipe: Recipe, classes: int, input_shape: tuple[int, ...], steps: int = 1
+) -> Iterator[tuple[str, keras.Model]]:
+    """The networks that `train` trains one after another, compiled as it compiles them.
+
+    Args:
+        recipe: The recipe.
+        classes: Number of classes.
+        input_shape: Shape of one input.
+        steps: Updates in an epoch, for the schedule of the learning rate.
+
+    Yields:
+        Name of a stage, and its model.
+    """
+    for plan in _plans(recipe):
+        model = _build(recipe, plan, classes, input_shape)
+        _compile(model, recipe, plan, steps, "auto")
+        yield plan.name, model
+
+
+def _build(recipe: Recipe, plan: _Plan, classes: int, input_shape: tuple[int, ...]) -> keras.Model:
+    with _dtype_policy(recipe.precision):
+        return recipe.build(classes, input_shape, plan.timesteps, plan.representation_steps)
+
+
+def _compile(model: keras.Model, recipe: Recipe, plan: _Plan, steps: int, jit_compile: bool | str) -> None:
     compile_model(
         model,
         recipe,
@@ -290,8 +379,24 @@ def _run_stage(
         optimizer=plan.optimizer,
         learning_rate=plan.learning_rate,
         weight_decay=plan.weight_decay,
-        jit_compile=True if worth else "auto",
+        jit_compile=jit_compile,
     )
+
+
+def _fit(
+    model: keras.Model,
+    recipe: Recipe,
+    plan: _Plan,
+    folder: Path,
+    devices: Strategy,
+    loaded: DataSet,
+    augmentation: Augmentation,
+    state: dict[str, Any],
+    weights: list[np.ndarray] | None,
+    tensorboard: bool,
+    verbose: int | str,
+) -> None:
+    """Trains a compiled model from where the run is to the end of the stage; arguments as in `_run_stage`."""
     done = 0
     last = plan.number == len(_plans(recipe)) - 1
     if state["stage"] == plan.number:
@@ -300,44 +405,47 @@ def _run_stage(
     elif weights is not None:
         model.set_weights(weights)
         if last:
-            state["calibrated"] = _accuracy(model, loaded, loaded.validation)
+            state["calibrated"] = _accuracy(model, loaded, loaded.validation, devices)
         state["best"] = [0, -1.0]
     if not state["rows"]:
         state["initial_thresholds"] = firing.thresholds(model)
 
+    keep_best = last and recipe.selection == "best"
     callbacks: list[keras.callbacks.Callback] = [CheckFinite()]
-    callbacks.append(_Keeper(folder, plan, state, keep_best=last and recipe.selection == "best"))
-    if tensorboard:
+    callbacks.append(_Keeper(folder, plan, state, keep_best, devices.is_chief))
+    if tensorboard and devices.is_chief:
         callbacks.append(keras.callbacks.TensorBoard(folder / "tensorboard" / plan.name, write_graph=False))
-    if done < plan.epochs:
-        batches = loaded.training_batches(
-            recipe.batch_size,
-            seed=recipe.seed + 7919 * plan.number,
-            augmentation=augmentation,
+    if done == plan.epochs:
+        return
+    batches = loaded.training_batches(
+        recipe.batch_size,
+        seed=recipe.seed + 7919 * plan.number,
+        augmentation=augmentation,
+        epochs=plan.epochs,
+        first_epoch=done,
+    )
+    validation, validation_steps = None, None
+    if len(loaded.validation):
+        validation, validation_steps = _evaluation_batches(loaded, loaded.validation, devices)
+    try:
+        model.fit(
+            devices.training_batches(batches, recipe.batch_size),
+            validation_data=validation,
+            validation_steps=validation_steps,
+            steps_per_epoch=loaded.steps(recipe.batch_size),
             epochs=plan.epochs,
-            first_epoch=done,
+            initial_epoch=done,
+            shuffle=False,  # the batches are, already
+            callbacks=callbacks,
+            verbose=verbose if devices.is_chief else 0,
         )
-        try:
-            model.fit(
-                batches,
-                validation_data=loaded.batches(loaded.validation, 128) if len(loaded.validation) else None,
-                steps_per_epoch=steps,
-                epochs=plan.epochs,
-                initial_epoch=done,
-                shuffle=False,  # the batches are, already
-                callbacks=callbacks,
-                verbose=verbose,
-            )
-        except Exception as error:
-            # TensorFlow's own error class, with our message somewhere within.
-            if found := re.search(not_finite("threshold of [^.]*?"), str(error)):
-                raise ValueError(found[0]) from error
-            if found := re.search(r"(?:ImageError|RecordingError): (.+)", str(error)):
-                raise ValueError(found[1]) from error
-            raise
-    if last and (folder / "best.npz").is_file():
-        checkpoints.restore(folder / "best.npz", model)
-    return model
+    except Exception as error:
+        # TensorFlow's own error class, with our message somewhere within.
+        if found := re.search(not_finite("threshold of [^.]*?"), str(error)):
+            raise ValueError(found[0]) from error
+        if found := re.search(r"(?:ImageError|RecordingError): (.+)", str(error)):
+            raise ValueError(found[1]) from error
+        raise
 
 
 @contextlib.contextmanager
@@ -361,14 +469,28 @@ def _check_tensorboard() -> None:
         ) from error
 
 
-def _accuracy(model: keras.Model, loaded: DataSet, part: Part) -> float | None:
+def _evaluation_batches(loaded: DataSet, part: Part, devices: Strategy) -> tuple[Any, int | None]:
+    """What `evaluate` gets of a part, and in how many steps; `None` to go on to its end."""
+    size = devices.evaluation_batch_size(128)
+    return devices.evaluation_batches(loaded.batches(part, size), len(part), size)
+
+
+def _accuracy(model: keras.Model, loaded: DataSet, part: Part, devices: Strategy | None = None) -> float | None:
     """Accuracy on a part; `None` if it is empty."""
     if not len(part):
         return None
-    return float(model.evaluate(loaded.batches(part, 128), verbose=0, return_dict=True)["accuracy"])
+    batches, steps = _evaluation_batches(loaded, part, devices or strategy())
+    return float(model.evaluate(batches, steps=steps, verbose=0, return_dict=True)["accuracy"])
 
 
-def _finish(recipe: Recipe, folder: Path, loaded: DataSet, state: dict[str, Any], model: keras.Model) -> Summary:
+def _finish(
+    recipe: Recipe, folder: Path, devices: Strategy, loaded: DataSet, state: dict[str, Any], model: keras.Model
+) -> Summary:
+    devices.on_chief(lambda: _write_results(recipe, folder, loaded, state, model))
+    return runs.summary_of(folder)
+
+
+def _write_results(recipe: Recipe, folder: Path, loaded: DataSet, state: dict[str, Any], model: keras.Model) -> None:
     if recipe.precision != "float32":
         trained = model
         with _dtype_policy("float32"):
@@ -391,8 +513,9 @@ def _finish(recipe: Recipe, folder: Path, loaded: DataSet, state: dict[str, Any]
         # By the median: the first epoch of a stage compiles.
         typical = statistics.median(row["seconds"] for row in rows if row["stage"] == stages[-1].name)
         saved = sum(stage.epochs * typical - stage.seconds for stage in stages[:-1])
+    accuracy = state.get("test_accuracy") if recipe.precision == "float32" else None
     summary = Summary(
-        test_accuracy=_accuracy(model, loaded, loaded.test),
+        test_accuracy=_accuracy(model, loaded, loaded.test) if accuracy is None else accuracy,
         test_examples=len(loaded.test),
         validation_accuracy=stages[-1].validation_accuracy,
         epoch=state["best"][0] or stages[-1].epochs,
@@ -406,7 +529,6 @@ def _finish(recipe: Recipe, folder: Path, loaded: DataSet, state: dict[str, Any]
     if recipe.timesteps and rows:
         _draw(folder / "figure.png", model, recipe, loaded, state, summary)
     runs.write(folder / "summary.json", summary.to_json())
-    return summary
 
 
 def _rates(model: keras.Model, recipe: Recipe, loaded: DataSet) -> dict[str, float]:

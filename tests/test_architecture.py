@@ -31,6 +31,7 @@ LEVELS = {
     "checkpoints": 4,
     "data": 4,
     "optimizers": 4,
+    "distribution": 5,
     "recipes": 5,
     "runs": 6,
     "training": 7,
@@ -38,6 +39,7 @@ LEVELS = {
     "serving": 7,
     "experiments": 8,
     "deployment": 8,
+    "tpu": 8,
     "tuning": 8,
     "cli": 9,
 }
@@ -53,13 +55,16 @@ ALLOWED = {
     "graph": set(),
     "stepping": {"backend", "graph", "layers"},
     "serving": {"files"},
-    "analysis": {"coding", "stream", "layers", "files"},
+    "analysis": {"backend", "coding", "stream", "layers", "files"},
     "export": {"backend", "coding", "stream", "layers", "constraints", "callbacks", "graph", "stepping", "files"},
 }
 # What a server and a client are made of, and nothing imports before it is one.
 PROTOCOLS = {f"serving/{name}.py" for name in ("grpc_api", "grpc_transport", "metrics", "rest_api", "rest_transport")}
 # tf.data and SavedModel are TensorFlow's own; nothing that a layer or a model needs may ask for it.
-BACKENDS = {"jax": ("backend/jax.py",), "tensorflow": ("backend/tensorflow.py", "data/", "export/", "serving/")}
+BACKENDS = {
+    "jax": ("backend/jax.py", "distribution/jax.py", "tpu.py"),
+    "tensorflow": ("backend/tensorflow.py", "distribution/tensorflow.py", "data/", "export/", "serving/"),
+}
 
 MODULES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 

@@ -249,8 +249,8 @@ def test_a_run_that_was_stopped_around_quantized_passes_ends_as_if_it_had_not_be
     recipe, unbroken = quantized
     save, calls = checkpoints.save, []
 
-    def stop(path, model, state):
-        save(path, model, state)
+    def stop(path, *arguments):
+        save(path, *arguments)
         calls.append(path)
         if path.name == "checkpoint.npz" and len(calls) >= number:
             raise KeyboardInterrupt

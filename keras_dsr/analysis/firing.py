@@ -9,6 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_dsr import backend
 from keras_dsr.layers import SpikingNeuron
 from keras_dsr.layers.neurons import neurons_of
 
@@ -112,4 +113,4 @@ def firing_rates(model: keras.Model, x: np.ndarray | Iterable[Any], batch_size: 
 
 def thresholds(model: keras.Model) -> dict[str, float]:
     """The threshold V_th of each neuron layer, by name and in order."""
-    return {layer.name: float(np.asarray(layer.threshold)) for layer in neurons_of(model)}
+    return {layer.name: float(backend.to_numpy(layer.threshold.value)) for layer in neurons_of(model)}

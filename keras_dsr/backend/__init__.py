@@ -7,6 +7,8 @@
 - `check_finite(value, message)`: an error from within a compiled step, where the backend has such.
 - `register_structure(cls)`: lets the backend look into objects of two tensors.
 - `specs(function, shape, dtype)`: shapes and dtypes of what a function gives, which is not computed.
+- `draw(sample, like)`: random numbers for a batch that may be spread over replicas.
+- `to_numpy(value)`: what a variable holds that may be spread over devices and processes.
 
 Everything else in the package is written once, with `keras.ops`.
 """
@@ -14,13 +16,43 @@ Everything else in the package is written once, with `keras.ops`.
 import keras
 
 if keras.backend.backend() == "tensorflow":
-    from keras_dsr.backend.tensorflow import batch_norm, carry, check_finite, register_structure, simulate, specs, step
+    from keras_dsr.backend.tensorflow import (
+        batch_norm,
+        carry,
+        check_finite,
+        draw,
+        register_structure,
+        simulate,
+        specs,
+        step,
+        to_numpy,
+    )
 elif keras.backend.backend() == "jax":
-    from keras_dsr.backend.jax import batch_norm, carry, check_finite, register_structure, simulate, specs, step
+    from keras_dsr.backend.jax import (
+        batch_norm,
+        carry,
+        check_finite,
+        draw,
+        register_structure,
+        simulate,
+        specs,
+        step,
+        to_numpy,
+    )
 else:
     raise ImportError(
         "keras_dsr runs on the Keras backends 'tensorflow' and 'jax'. "
         f"Received {keras.backend.backend()!r}; set KERAS_BACKEND before the first import of keras."
     )
 
-__all__ = ["batch_norm", "carry", "check_finite", "register_structure", "simulate", "specs", "step"]
+__all__ = [
+    "batch_norm",
+    "carry",
+    "check_finite",
+    "draw",
+    "register_structure",
+    "simulate",
+    "specs",
+    "step",
+    "to_numpy",
+]

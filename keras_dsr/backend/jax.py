@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 
 
 @jax.custom_vjp
@@ -58,8 +60,12 @@ def simulate(
     scale: float,
     timesteps: int | None,
     loop: str,
+    jit_compile: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs the neuron through time and counts its spikes: see `keras_dsr.backend.tensorflow.simulate`."""
+    """Runs the neuron through time and counts its spikes: see `keras_dsr.backend.tensorflow.simulate`.
+
+    `jit_compile` has no effect: on JAX XLA compiles all there is.
+    """
     static = timesteps is not None
     if not static:
         timesteps = current.shape[1]
@@ -144,3 +150,15 @@ def specs(
 ) -> list[tuple[tuple[int, ...], str]]:
     """Shape and dtype of what a function gives, without running it: see `keras_dsr.backend.tensorflow.specs`."""
     return [(x.shape, x.dtype.name) for x in jax.eval_shape(function, jax.ShapeDtypeStruct(shape, dtype))]
+
+
+def draw(sample: Callable[[jax.Array], jax.Array], like: jax.Array) -> jax.Array:
+    """Random numbers for a batch: see `keras_dsr.backend.tensorflow.draw`. A step sees the whole batch here."""
+    return sample(like)
+
+
+def to_numpy(value: jax.Array) -> np.ndarray:
+    """What an array holds, parts that other processes have included, which must ask for it at the same time."""
+    if value.is_fully_addressable or value.is_fully_replicated:
+        return np.asarray(value)
+    return np.asarray(multihost_utils.process_allgather(value, tiled=True))

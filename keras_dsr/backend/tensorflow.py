@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import tensorflow as tf
 
 
@@ -74,6 +75,7 @@ def simulate(
     scale: float,
     timesteps: int | None,
     loop: str,
+    jit_compile: bool = False,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Runs the neuron through time and counts its spikes. Nothing here has a gradient.
 
@@ -91,11 +93,16 @@ def simulate(
         scale: A spike is worth V_th scale: 1 for IF, 1 / dt for LIF.
         timesteps: N, for a current without time axis; else `None`.
         loop: "unrolled", or "while".
+        jit_compile: Whether XLA compiles this alone: for steps that it may not compile as a whole.
 
     Returns:
         The output V_th scale s[n], of shape (batch, time, ...), and its representation, of shape (batch, ...),
         weighted by decay^(N - n). Both have the dtype of `current`; potentials are float32 or wider.
     """
+    if jit_compile:
+        return _compiled_simulate(
+            current, threshold, alpha=alpha, decay=decay, scale=scale, timesteps=timesteps, loop=loop
+        )
     static = timesteps is not None
     if not static:
         timesteps = current.shape[1]
@@ -137,6 +144,9 @@ def simulate(
     values = tf.transpose(stacked, [1, 0, *range(2, stacked.shape.rank)])
     values.set_shape([start.shape[0], timesteps, *start.shape[1:]])
     return values, tf.cast(count * (spike / weight), dtype)
+
+
+_compiled_simulate = tf.function(simulate, jit_compile=True, autograph=False)
 
 
 def step(
@@ -235,3 +245,28 @@ def specs(
     """
     traced = tf.function(function, autograph=False).get_concrete_function(tf.TensorSpec(shape, dtype))
     return [(tuple(x.shape), x.dtype.name) for x in traced.structured_outputs]
+
+
+def draw(sample: Callable[[tf.Tensor], tf.Tensor], like: tf.Tensor) -> tf.Tensor:
+    """Random numbers for a batch, such that the parts of a batch on several replicas get those of the whole.
+
+    Replicas have the same seeds, so each draws for the whole batch and takes its own part.
+
+    Args:
+        sample: Draws, for a tensor of shape (batch, ...), numbers of the same shape.
+        like: The part of the batch that this replica has; all parts are of one size.
+
+    Returns:
+        A tensor of the shape of `like`.
+    """
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return sample(like)
+    size, place = tf.shape(like)[0], tf.cast(context.replica_id_in_sync_group, tf.int32)
+    drawn = sample(tf.concat([like] * context.num_replicas_in_sync, axis=0))
+    return tf.ensure_shape(drawn[place * size : (place + 1) * size], like.shape)
+
+
+def to_numpy(value: tf.Variable | tf.Tensor) -> np.ndarray:
+    """What a variable holds; of one that replicas share, what each of them has."""
+    return np.asarray(value.numpy())  # a variable of replicas has no array interface

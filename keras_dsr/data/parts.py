@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -339,6 +340,31 @@ class DataSet:
     def _finish(self, x: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         x = tf.ensure_shape(x, (x.shape[0], *self.input_shape))
         return self.standardize(x), tf.cast(labels, tf.int32)
+
+
+def padded(batches: tf.data.Dataset, count: int, batch_size: int) -> tf.data.Dataset:
+    """Batches of one size, with weights such that losses and accuracies over all of them are those of the examples.
+
+    The last batch is filled up with its last example, whose copies weigh nothing.
+
+    Args:
+        batches: Pairs of inputs and labels, of at most `batch_size` examples.
+        count: Examples in all of them.
+        batch_size: Examples in each batch that comes out.
+
+    Returns:
+        Triples of inputs, labels and weights.
+    """
+    # Keras divides the sum of weighted losses by the number of examples, those of no weight included.
+    weight = math.ceil(count / batch_size) * batch_size / count
+
+    def fill(x: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        size = tf.shape(x)[0]
+        numbers = tf.minimum(tf.range(batch_size), size - 1)
+        weights = tf.where(tf.range(batch_size) < size, weight, 0.0)
+        return tf.gather(x, numbers), tf.gather(labels, numbers), weights
+
+    return batches.map(fill, num_parallel_calls=tf.data.AUTOTUNE)
 
 
 def split(labels: np.ndarray, size: int, what: str = "validation") -> tuple[np.ndarray, np.ndarray]:

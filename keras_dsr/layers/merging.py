@@ -7,6 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_dsr import backend
 from keras_dsr.layers.base import StreamLayer
 from keras_dsr.stream import Stream
 
@@ -80,7 +81,8 @@ class Dropout(StreamLayer):
     """Drops features of a stream at random, in training, the same at all time steps.
 
     Forward: values and representation times one mask, which is 0 with probability `rate` and 1 / (1 - rate)
-    otherwise, drawn anew for each sample. Backward: the representation's, times the mask.
+    otherwise, drawn anew for each sample. Backward: the representation's, times the mask. Which samples of a batch lose
+    which features does not depend on the number of replicas that the batch is spread over.
 
     Args:
         rate: The probability to drop a feature, in [0, 1).
@@ -114,7 +116,9 @@ class Dropout(StreamLayer):
         values = ops.stop_gradient(values)
         if not training or self.rate == 0:
             return Stream(values, representation)
-        mask = keras.random.dropout(ops.ones_like(representation), self.rate, seed=self.seed_generator)
+        mask = backend.draw(
+            lambda ones: keras.random.dropout(ones, self.rate, seed=self.seed_generator), ops.ones_like(representation)
+        )
         return Stream(values * ops.expand_dims(mask, 1), representation * mask)
 
     def infer_values(self, values: Any) -> Any:

@@ -73,6 +73,10 @@ class SpikingNeuron(StreamLayer):
 
     takes_tensors = True
 
+    # Whether XLA compiles the simulation alone: for a `tf.distribute` strategy, under which it may not compile a whole
+    # step. It is of where a model runs, and no part of its config.
+    jit_compile = False
+
     coding: Coding
     scale: float
 
@@ -155,6 +159,7 @@ class SpikingNeuron(StreamLayer):
             scale=self.scale,
             timesteps=None if len(values.shape) > len(representation.shape) else steps,
             loop=self.loop,
+            jit_compile=self.jit_compile,
         )
         spikes = ops.stop_gradient(spikes)
         if is_stream(inputs) or self.timesteps is not None:
