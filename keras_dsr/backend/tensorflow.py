@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.compiler.tf2xla.python import xla
 
 
 @tf.custom_gradient
@@ -99,10 +100,24 @@ def simulate(
         The output V_th scale s[n], of shape (batch, time, ...), and its representation, of shape (batch, ...),
         weighted by decay^(N - n). Both have the dtype of `current`; potentials are float32 or wider.
     """
-    if jit_compile:
-        return _compiled_simulate(
-            current, threshold, alpha=alpha, decay=decay, scale=scale, timesteps=timesteps, loop=loop
-        )
+    run = _compiled_simulate if jit_compile else _simulate
+    return run(
+        current, threshold, alpha=alpha, decay=decay, scale=scale, timesteps=timesteps, loop=loop, in_place=jit_compile
+    )
+
+
+def _simulate(
+    current: tf.Tensor,
+    threshold: tf.Tensor,
+    *,
+    alpha: float,
+    decay: float,
+    scale: float,
+    timesteps: int | None,
+    loop: str,
+    in_place: bool,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """As `simulate`; with `in_place`, which needs XLA, the loop writes each step's output to where it stays."""
     static = timesteps is not None
     if not static:
         timesteps = current.shape[1]
@@ -126,12 +141,23 @@ def simulate(
 
     steps = timesteps if timesteps is not None else tf.shape(current)[1]
     start = tf.zeros_like(static_current) if static else tf.zeros_like(current[:, 0], dtype=wide)
-    outputs = tf.TensorArray(dtype, size=steps, element_shape=start.shape)
+    if in_place:
+        shape = tf.shape(start)
+        outputs = tf.zeros(tf.concat([shape[:1], [steps], shape[1:]], axis=0), dtype)
+
+        def write(n, output, outputs):
+            place = tf.one_hot(1, start.shape.rank + 1, dtype=tf.int32) * n
+            return xla.dynamic_update_slice(outputs, output[:, tf.newaxis], place)
+    else:
+        outputs = tf.TensorArray(dtype, size=steps, element_shape=start.shape)
+
+        def write(n, output, outputs):
+            return outputs.write(n, output)
 
     def body(n, potential, count, weight, outputs):
         drive = static_current if static else drive_of(current[:, n])
         potential, fired, output = fire(scaled(potential, decay) + drive)
-        return n + 1, potential, scaled(count, decay) + fired, scaled(weight, decay) + 1, outputs.write(n, output)
+        return n + 1, potential, scaled(count, decay) + fired, scaled(weight, decay) + 1, write(n, output, outputs)
 
     _, _, count, weight, outputs = tf.while_loop(
         lambda n, *_: n < steps,
@@ -140,13 +166,16 @@ def simulate(
         maximum_iterations=timesteps,
         parallel_iterations=1,
     )
-    stacked = outputs.stack()  # (time, batch, ...)
-    values = tf.transpose(stacked, [1, 0, *range(2, stacked.shape.rank)])
+    if in_place:
+        values = outputs
+    else:
+        stacked = outputs.stack()  # (time, batch, ...)
+        values = tf.transpose(stacked, [1, 0, *range(2, stacked.shape.rank)])
     values.set_shape([start.shape[0], timesteps, *start.shape[1:]])
     return values, tf.cast(count * (spike / weight), dtype)
 
 
-_compiled_simulate = tf.function(simulate, jit_compile=True, autograph=False)
+_compiled_simulate = tf.function(_simulate, jit_compile=True, autograph=False)
 
 
 def step(
