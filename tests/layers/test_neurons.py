@@ -788,3 +788,26 @@ def test_shapes_of_a_static_input(kind, steps, symbolic):
     assert (tuple(out.values.shape), tuple(out.representation.shape)) == ((3, steps, 5, 2), (3, 5, 2))
     assert out.timesteps == steps
     assert layer.compute_output_shape((3, 5, 2)) == ((3, steps, 5, 2), (3, 5, 2))
+
+
+@pytest.mark.tensorflow_only
+@KIND
+@pytest.mark.parametrize("loop", ["while", "unrolled"])
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+def test_compiled_alone_neurons_fire_the_same_spikes(kind, loop, dtype):
+    import tensorflow as tf
+
+    x = np.random.default_rng(0).normal(0.6, 0.8, (3, 7, 4, 2)).astype("float32")
+    for current, arguments in ((x, {}), (x[:, 0], {"timesteps": 7})):
+        layer = neuron(kind, loop=loop, dtype=dtype, **arguments)
+        expected = keras.tree.map_structure(numpy, tuple(layer(current)) if arguments else layer(current))
+        assert np.any(keras.tree.flatten(expected)[0])
+        layer.jit_compile = True
+
+        def run(current, layer=layer, arguments=arguments):
+            return tuple(layer(current)) if arguments else layer(current)
+
+        # Of a batch whose size the graph does not know, too.
+        anew = tf.function(run, input_signature=[tf.TensorSpec((None, *current.shape[1:]), "float32")])
+        for found in (run(current), anew(current)):
+            keras.tree.map_structure(lambda a, b: np.testing.assert_array_equal(numpy(a), b), found, expected)
