@@ -47,6 +47,8 @@ class Recipe:
         train_threshold: Whether thresholds train.
         threshold_lower_bound: Least value of a threshold.
         threshold_gradient_scale: Factor on a threshold's gradient; `None` for the neuron's default.
+        threshold_l2: L2 regularization of thresholds: the loss gets this times the sum of their squares. It is beside
+            `weight_decay`, which is for all weights.
         alpha: Neurons fire at alpha V_th. 1 is the plain neuron, without the paper's firing mechanism.
         tau: Membrane time constant of LIF neurons, in the unit of `dt`.
         dt: Length of a time step of LIF neurons.
@@ -101,6 +103,7 @@ class Recipe:
     train_threshold: bool = True
     threshold_lower_bound: float = 0.01
     threshold_gradient_scale: float | None = None
+    threshold_l2: float = 0.0
     alpha: float = 0.5
     tau: float = 1.0
     dt: float = 0.05
@@ -208,8 +211,8 @@ class Recipe:
             "alpha": self.alpha,
             "trainable_threshold": self.train_threshold and representation_steps is None,
             "threshold_lower_bound": self.threshold_lower_bound,
-            # SGD decays thresholds as it does all weights.
-            "threshold_l2": 0.0,
+            # 0 where nothing else is said, as SGD decays thresholds as it does all weights.
+            "threshold_l2": self.threshold_l2,
             "representation_steps": representation_steps,
         }
         if self.threshold_gradient_scale is not None:

@@ -14,7 +14,7 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from keras_dsr.runs import Stage, Summary
 
 # Enough: each gives thousands of activations to most layers, and as many as there are classes to the last.
 _CALIBRATION_EXAMPLES = 2048
-# Spike trains are a hundred times the size of their input; rates need no more test examples than this, drawn at random.
+# Spike trains are a hundred times the size of their input; rates need no more examples than this, drawn at random.
 _RATE_EXAMPLES = 2000
 # Compiling the representation network by XLA takes seconds and then saves a fifth of each step on a CPU.
 _STEPS_WORTH_COMPILING = 1000
@@ -189,19 +189,103 @@ def train(
         if (folder / "summary.json").is_file():
             return runs.summary_of(folder)
         loaded = load(recipe, data_dir=data_dir, download=download)
-        runs.check_environment(folder)
-        state: dict[str, Any] = {"rows": [], "stage": -1, "epoch": 0, "best": [0, -1.0], "calibrated": None}
-        if (folder / "checkpoint.npz").is_file():
-            state = checkpoints.progress(folder / "checkpoint.npz")
-
-        model = None
-        for plan in _plans(recipe):
-            if plan.number < state["stage"]:
-                continue
-            weights = None if model is None else _calibrated(model, recipe, plan, loaded)
-            model = None  # its memory is for the next stage
-            model = _run_stage(recipe, plan, folder, loaded, augmentation, state, weights, tensorboard, verbose)
+        model, state = _run_stages(recipe, folder, loaded, augmentation, tensorboard, verbose)
         return _finish(recipe, folder, loaded, state, model)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """What a training came to before the test part is looked at.
+
+    Args:
+        validation_accuracy: Part of the validation examples that the resulting network gets right.
+        epoch: Number of the epoch, from 1 and within the last stage, whose weights are the result.
+        firing_rates: Spikes per neuron and time step on validation examples, for each neuron layer.
+        thresholds: V_th of each neuron layer.
+        seconds: Wall time of all epochs together.
+    """
+
+    validation_accuracy: float
+    epoch: int
+    firing_rates: dict[str, float]
+    thresholds: dict[str, float]
+    seconds: float
+
+
+def fit(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    loaded: DataSet | None = None,
+    data_dir: Path | None = None,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+    verbose: int | str = "auto",
+) -> Fitted:
+    """Trains a recipe as `train` does, all but the end: the test part is not looked at.
+
+    The folder is that of an unfinished run. `train` with the same recipe and folder finishes it.
+
+    Args:
+        recipe: What to train.
+        folder: As in `train`.
+        loaded: The data set, as `load` gives it for this recipe, if it is at hand.
+        data_dir: Where the data set is, see `keras_dsr.data.load`.
+        callbacks: Called in the last stage, at the end of an epoch once its checkpoint is written.
+        verbose: As in `keras.Model.fit`.
+
+    Raises:
+        ValueError: if the recipe has no validation examples, or as in `train`.
+        FileNotFoundError: if the data set is not there.
+        FileExistsError: if the folder has files but is not that of a run.
+        BlockingIOError: if another process is training in the folder.
+    """
+    augmentation = Augmentation(recipe.augmentation, padding=recipe.padding, cutout=recipe.cutout)
+    folder.mkdir(parents=True, exist_ok=True)
+    with runs.locked(folder):
+        runs.open_folder(recipe, folder)
+        loaded = load(recipe, data_dir=data_dir) if loaded is None else loaded
+        if not len(loaded.validation):
+            raise ValueError(
+                f"Settings are compared on validation examples, and {recipe.data!r} has none with "
+                f"validation={recipe.validation!r}. Set validation higher."
+            )
+        model, state = _run_stages(recipe, folder, loaded, augmentation, False, verbose, callbacks)
+        rows = [row for row in state["rows"] if row["stage"] == _plans(recipe)[-1].name]
+        last = rows[-1]["val_accuracy"] if rows else state["calibrated"]
+        return Fitted(
+            validation_accuracy=state["best"][1] if state["best"][0] else last,
+            epoch=state["best"][0] or len(rows),
+            firing_rates=_rates(model, recipe, loaded, loaded.validation),
+            thresholds=firing.thresholds(model),
+            seconds=sum(row["seconds"] for row in state["rows"]),
+        )
+
+
+def _run_stages(
+    recipe: Recipe,
+    folder: Path,
+    loaded: DataSet,
+    augmentation: Augmentation,
+    tensorboard: bool,
+    verbose: int | str,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+) -> tuple[keras.Model, dict[str, Any]]:
+    """Trains what is left of all stages, and gives the last one's model and how the training went."""
+    runs.check_environment(folder)
+    state: dict[str, Any] = {"rows": [], "stage": -1, "epoch": 0, "best": [0, -1.0], "calibrated": None}
+    if (folder / "checkpoint.npz").is_file():
+        state = checkpoints.progress(folder / "checkpoint.npz")
+
+    model = None
+    plans = _plans(recipe)
+    for plan in plans:
+        if plan.number < state["stage"]:
+            continue
+        weights = None if model is None else _calibrated(model, recipe, plan, loaded)
+        model = None  # its memory is for the next stage
+        more = callbacks if plan is plans[-1] else ()
+        model = _run_stage(recipe, plan, folder, loaded, augmentation, state, weights, tensorboard, verbose, more)
+    return model, state
 
 
 def load(recipe: Recipe, *, data_dir: Path | None = None, download: bool = False) -> DataSet:
@@ -262,6 +346,7 @@ def _run_stage(
     weights: list[np.ndarray] | None,
     tensorboard: bool,
     verbose: int | str,
+    more: Sequence[keras.callbacks.Callback],
 ) -> keras.Model:
     """Trains one stage to its end and gives its model.
 
@@ -275,6 +360,7 @@ def _run_stage(
         weights: What the stage before came to, calibrated, if this process ran it.
         tensorboard: Whether to write TensorBoard's logs.
         verbose: As in `keras.Model.fit`.
+        more: Callbacks that come after the one that writes the checkpoint.
     """
     # Each stage draws its own numbers, whether or not this process ran the one before.
     keras.utils.set_random_seed(recipe.seed + 7919 * plan.number)
@@ -309,6 +395,7 @@ def _run_stage(
     callbacks.append(_Keeper(folder, plan, state, keep_best=last and recipe.selection == "best"))
     if tensorboard:
         callbacks.append(keras.callbacks.TensorBoard(folder / "tensorboard" / plan.name, write_graph=False))
+    callbacks.extend(more)
     if done < plan.epochs:
         batches = loaded.training_batches(
             recipe.batch_size,
@@ -396,7 +483,7 @@ def _finish(recipe: Recipe, folder: Path, loaded: DataSet, state: dict[str, Any]
         test_examples=len(loaded.test),
         validation_accuracy=stages[-1].validation_accuracy,
         epoch=state["best"][0] or stages[-1].epochs,
-        firing_rates=_rates(model, recipe, loaded),
+        firing_rates=_rates(model, recipe, loaded, loaded.test),
         thresholds=firing.thresholds(model),
         timesteps=recipe.timesteps,
         seconds=sum(stage.seconds for stage in stages),
@@ -409,11 +496,11 @@ def _finish(recipe: Recipe, folder: Path, loaded: DataSet, state: dict[str, Any]
     return summary
 
 
-def _rates(model: keras.Model, recipe: Recipe, loaded: DataSet) -> dict[str, float]:
+def _rates(model: keras.Model, recipe: Recipe, loaded: DataSet, part: Part) -> dict[str, float]:
     if not recipe.timesteps:
         return {}
     # In another order than that of the files, which may be class by class.
-    batches = loaded.batches(loaded.test, 64, seed=0).take(math.ceil(_RATE_EXAMPLES / 64))
+    batches = loaded.batches(part, 64, seed=0).take(math.ceil(_RATE_EXAMPLES / 64))
     return firing.firing_rates(model, batches.as_numpy_iterator())
 
 
@@ -437,7 +524,7 @@ def evaluate(folder: Path, *, data_dir: Path | None = None) -> Summary:
     return dataclasses.replace(
         before,
         test_accuracy=_accuracy(model, loaded, loaded.test),
-        firing_rates=_rates(model, recipe, loaded),
+        firing_rates=_rates(model, recipe, loaded, loaded.test),
         thresholds=firing.thresholds(model),
     )
 
