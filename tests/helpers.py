@@ -16,6 +16,7 @@ OPTIONAL = {
     "onnx",
     "onnxruntime",
     "openvino",
+    "optuna",
     "prometheus_client",
     "starlette",
     "tensorboard",

@@ -1,0 +1,293 @@
+"""KerasTuner: a hypermodel for any of its tuners, and the chief and the workers of a search.
+
+What KerasTuner 1.4 leaves to its users is done here: its oracles write their files in place, so that a kill can leave
+half a file (here they appear whole or not at all); a trial that was drawn as the process died would never be run; and a
+search ends with an error, and with a lock held, after a few failures in a row (here it goes on).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import keras_tuner
+from keras_tuner.engine.base_tuner import BaseTuner
+
+from keras_dsr import runs, training
+from keras_dsr.data.augmentation import Augmentation
+from keras_dsr.data.parts import DataSet
+from keras_dsr.recipes import Recipe
+from keras_dsr.tuning import space as spaces
+from keras_dsr.tuning.search import Search
+from keras_dsr.tuning.space import Choice, Parameter
+from keras_dsr.tuning.trials import run_trial
+
+OBJECTIVE = "val_accuracy"
+
+
+def declare(hp: keras_tuner.HyperParameters, space: Sequence[Parameter]) -> dict[str, Any]:
+    """Makes a search space known to KerasTuner, and gives the values that it has at the moment."""
+    values = {}
+    for parameter in space:
+        if isinstance(parameter, Choice):
+            values[parameter.name] = parameter.of(hp.Choice(parameter.name, parameter.labels))
+        elif spaces.is_whole(parameter.name):
+            low, high = int(parameter.low), int(parameter.high)
+            values[parameter.name] = hp.Int(parameter.name, low, high, sampling=parameter.scale)
+        else:
+            values[parameter.name] = hp.Float(parameter.name, parameter.low, parameter.high, sampling=parameter.scale)
+    return values
+
+
+class DSRHyperModel(keras_tuner.HyperModel):
+    """A recipe with some of its settings left open, for KerasTuner's own tuners.
+
+    Training examples, batches, augmentation, optimizer and schedule are the recipe's; validation examples are those
+    that it sets aside. The test part is not touched.
+
+    Args:
+        recipe: The recipe; one stage of training, so without `hybrid_epochs`.
+        space: What is left open, see `keras_dsr.tuning.parse`; `None` for threshold and alpha.
+        data_dir: Where the data set is, see `keras_dsr.data.load`.
+        name: As in `keras_tuner.HyperModel`.
+
+    Raises:
+        ValueError: if the recipe has hybrid training or no validation examples, or the space does not pass
+            `keras_dsr.tuning.check`.
+        FileNotFoundError: if the data set is not there.
+
+    Example:
+
+    >>> import tempfile, keras_tuner
+    >>> from keras_dsr import recipes, tuning
+    >>> model = tuning.DSRHyperModel(recipes.get("digits"))
+    >>> folder = tempfile.mkdtemp()
+    >>> tuner = keras_tuner.RandomSearch(model, "val_accuracy", max_trials=20, directory=folder)
+    >>> sorted(hp.name for hp in tuner.oracle.get_space().space)
+    ['alpha', 'threshold']
+
+    `tuner.search()` needs no data beside.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        space: Sequence[Parameter] | None = None,
+        *,
+        data_dir: Path | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name=name)
+        if recipe.hybrid_epochs:
+            raise ValueError(
+                f"A hypermodel is trained in one stage. Received hybrid_epochs={recipe.hybrid_epochs!r}; set it to 0, "
+                "or search with keras-dsr tune, which trains all stages."
+            )
+        self.recipe = recipe
+        self.space = spaces.default_space(recipe) if space is None else tuple(space)
+        spaces.check(recipe, self.space)
+        self.data_dir = data_dir
+        self._loaded = self._load(recipe)
+        if not len(self._loaded.validation):
+            raise ValueError(
+                f"Settings are compared on validation examples, and {recipe.data!r} has none with "
+                f"validation={recipe.validation!r}. Set validation higher."
+            )
+
+    def _load(self, recipe: Recipe) -> DataSet:
+        return training.load(recipe, data_dir=self.data_dir)
+
+    def recipe_of(self, hp: keras_tuner.HyperParameters) -> Recipe:
+        """The recipe with the values of these hyperparameters."""
+        return spaces.apply(self.recipe, declare(hp, self.space))
+
+    def build(self, hp: keras_tuner.HyperParameters) -> keras.Model:
+        """The compiled network with the values of these hyperparameters."""
+        recipe = self.recipe_of(hp)
+        keras.utils.set_random_seed(recipe.seed)
+        shape = self._loaded.input_shape
+        if len(shape) == 4:  # event frames, time first
+            shape = (recipe.timesteps, *shape[1:])
+        model = recipe.build(self._loaded.classes, shape)
+        training.compile_model(model, recipe, self._loaded.steps(recipe.batch_size) * recipe.epochs)
+        model.optimizer.build(model.trainable_variables)  # where weights are loaded next, its own are too
+        return model
+
+    def fit(
+        self,
+        hp: keras_tuner.HyperParameters,
+        model: keras.Model,
+        *,
+        epochs: int | None = None,
+        initial_epoch: int = 0,
+        callbacks: Sequence[keras.callbacks.Callback] = (),
+        verbose: int | str = "auto",
+    ) -> keras.callbacks.History:
+        """Trains the network.
+
+        Args:
+            hp: The hyperparameters that it was built with.
+            model: The network.
+            epochs: Number of the epoch to end with, `None` for the recipe's; the schedule of the learning rate is that
+                of all the recipe's epochs.
+            initial_epoch: Number of epochs that its weights were trained before.
+            callbacks: As in `keras.Model.fit`.
+            verbose: As in `keras.Model.fit`.
+        """
+        recipe = self.recipe_of(hp)
+        loaded = self._loaded
+        if recipe.timesteps != self.recipe.timesteps and len(loaded.input_shape) == 4:
+            loaded = self._load(recipe)
+        steps = loaded.steps(recipe.batch_size)
+        model.optimizer.iterations.assign(initial_epoch * steps)
+        epochs = recipe.epochs if epochs is None else epochs
+        return model.fit(
+            loaded.training_batches(
+                recipe.batch_size,
+                seed=recipe.seed,
+                augmentation=Augmentation(recipe.augmentation, padding=recipe.padding, cutout=recipe.cutout),
+                epochs=epochs,
+                first_epoch=initial_epoch,
+            ),
+            validation_data=loaded.batches(loaded.validation, 128),
+            steps_per_epoch=steps,
+            epochs=epochs,
+            initial_epoch=initial_epoch,
+            shuffle=False,
+            callbacks=list(callbacks),
+            verbose=verbose,
+        )
+
+
+class _Durable(keras_tuner.Oracle):
+    """An oracle whose files outlive a kill at any moment; see the module's docstring."""
+
+    def save(self) -> None:
+        runs.write(Path(self._get_oracle_fname()), json.dumps(self.get_state()))
+
+    def _save_trial(self, trial: Any) -> None:
+        runs.write(Path(self._get_trial_dir(trial.trial_id)) / "trial.json", json.dumps(trial.get_state()))
+
+    def reload(self) -> None:
+        super().reload()
+        for name, trial in self.trials.items():
+            if trial.status == "RUNNING" and name not in self._retry_queue:
+                self._retry_queue.append(name)
+
+
+class _Random(_Durable, keras_tuner.oracles.RandomSearchOracle):
+    pass
+
+
+class _Bayesian(_Durable, keras_tuner.oracles.BayesianOptimizationOracle):
+    pass
+
+
+class _Hyperband(_Durable, keras_tuner.oracles.HyperbandOracle):
+    pass
+
+
+def oracle(search: Search) -> keras_tuner.Oracle:
+    """The oracle of a search: what draws the settings of its trials."""
+    hp = keras_tuner.HyperParameters()
+    declare(hp, search.space)
+    common = {
+        "objective": keras_tuner.Objective(OBJECTIVE, "max"),
+        "hyperparameters": hp,
+        "allow_new_entries": False,
+        "seed": search.seed + 1,  # 0 would be none
+        "max_consecutive_failed_trials": search.trials + 1,
+    }
+    if search.tuner == "hyperband":
+        # As many of its rounds as the trials are enough for.
+        made = _Hyperband(max_epochs=search.recipe.epochs, hyperband_iterations=search.trials, **common)
+        made.max_trials = search.trials
+        return made
+    kind = {"random": _Random, "bayesian": _Bayesian}[search.tuner]
+    return kind(max_trials=search.trials, **common)
+
+
+class _SearchTuner(BaseTuner):
+    """Runs the trials of a search; in the chief, gives them out."""
+
+    def __init__(self, search: Search, folder: Path, data_dir: Path | None) -> None:
+        self._search = search
+        self._folder = folder
+        self._data_dir = data_dir
+        self._idle = False
+        super().__init__(oracle(search), directory=str(folder), project_name="engine")
+
+    def pre_create_trial(self) -> None:
+        # An oracle that waits for other trials says so at once, and would be asked again at once.
+        if self._idle:
+            time.sleep(0.5)
+        self._idle = True
+
+    def on_trial_begin(self, trial: Any) -> None:
+        self._idle = False
+
+    def run_trial(self, trial: Any) -> dict[str, float]:
+        values = trial.hyperparameters.values
+        settings = declare(trial.hyperparameters, self._search.space)
+        parent = values.get("tuner/trial_id")
+        try:
+            done = run_trial(
+                self._search,
+                self._folder,
+                int(trial.trial_id),
+                settings,
+                worker=self.tuner_id,
+                data_dir=self._data_dir,
+                until=values.get("tuner/epochs"),
+                parent=int(parent) if parent else None,
+            )
+        except (OSError, ImportError) as error:
+            raise keras_tuner.errors.FatalError(f"{type(error).__name__}: {error}") from error
+        if done.state == "failed":
+            raise keras_tuner.errors.FailedTrialError(done.message)
+        return {OBJECTIVE: done.validation_accuracy}
+
+
+def serve(search: Search, folder: Path, worker: str, address: str, data_dir: Path | None = None) -> None:
+    """Is the chief of a search, or one of its workers, until there are no more trials.
+
+    Args:
+        search: The search.
+        folder: Its folder.
+        worker: "chief", or the name of the worker.
+        address: HOST:PORT at which the chief listens.
+        data_dir: Where the data set is, see `keras_dsr.data.load`.
+
+    Raises:
+        OSError: in the chief, if the port is taken.
+    """
+    host, _, port = address.rpartition(":")
+    if worker == "chief":
+        check_free(host, int(port))
+    # KerasTuner's own way to say so.
+    os.environ |= {"KERASTUNER_TUNER_ID": worker, "KERASTUNER_ORACLE_IP": host, "KERASTUNER_ORACLE_PORT": port}
+    _SearchTuner(search, folder, data_dir).search()
+
+
+def check_free(host: str, port: int) -> None:
+    """Makes sure that nobody listens at a port; gRPC would share it without a word.
+
+    Raises:
+        OSError: if somebody does, or the host is not of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise OSError(
+                f"The chief cannot listen at {host}:{port}: {error.strerror}. Choose another port, or leave the "
+                "address out for workers of this machine alone."
+            ) from error

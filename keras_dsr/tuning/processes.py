@@ -1,0 +1,345 @@
+"""The processes of a search: a chief and workers that are started again when they die.
+
+KerasTuner's chief gives a worker's trial to nobody else but the worker of the same name, so one that died comes back
+under its name, and its trial goes on from the last epoch. Without the chief workers would wait for ever: all are
+started again with it. Processes end when the one that started them does, however that ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras_dsr
+from keras_dsr import runs, training
+from keras_dsr.recipes import Recipe
+from keras_dsr.tuning import optuna_study, results
+from keras_dsr.tuning.search import (
+    KERAS_TUNERS,
+    Search,
+    Trial,
+    open_folder,
+    read_trials,
+    run_folder,
+    search_of,
+    write_trial,
+)
+
+# So often in a row may a process die without that a trial ends or an epoch is trained.
+_MOST_DEATHS = 6
+_LOOK_EVERY = 0.2
+
+
+def tune(
+    search: Search,
+    folder: Path,
+    *,
+    workers: int = 1,
+    data_dir: Path | None = None,
+    address: str | None = None,
+    told: Callable[[str], None] = print,
+) -> Recipe:
+    """Runs a search with processes of this machine, and writes what it found to its folder.
+
+    If the folder holds this search, unfinished, it goes on. Trials choose by validation accuracy; the test part is not
+    looked at. A trial that fails, say because a weight becomes NaN, is recorded so, and the others go on.
+
+    Args:
+        search: The search.
+        folder: Its folder: new, empty, or of this search.
+        workers: How many processes train trials, 1 or more. They share the cores of this machine evenly.
+        data_dir: Where the data set is, see `keras_dsr.data.load`.
+        address: HOST:PORT of this machine at which KerasTuner's chief listens, for workers of other machines (`join`);
+            `None` for a port that only this machine reaches.
+        told: Gets a line for each trial that ends and each process that dies.
+
+    Returns:
+        The best trial's recipe, which is in `best.json` too.
+
+    Raises:
+        ValueError: if no trial trained to its end, or the folder is that of another search.
+        FileExistsError: if the folder has files but is not that of a search.
+        FileNotFoundError: if the data set is not there.
+        BlockingIOError: if the search is run in this folder already.
+        OSError: if the port is taken, or processes die again and again.
+        ImportError: if the tuner is not installed.
+    """
+    _check(search, workers)
+    if address is not None:
+        if search.tuner not in KERAS_TUNERS:
+            raise ValueError(
+                f"Only KerasTuner has a chief that workers of other machines reach. Received address={address!r} with "
+                f"tuner={search.tuner!r}; choose one of {KERAS_TUNERS}."
+            )
+        _check_address(address)
+    if not len(training.load(search.recipe, data_dir=data_dir).validation):
+        raise ValueError(
+            f"Trials are compared on validation examples, and {search.recipe.data!r} has none with "
+            f"validation={search.recipe.validation!r}. Set validation higher."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with runs.locked(folder):
+        open_folder(search, folder)
+        names = [f"worker{number}" for number in range(workers)]
+        _take_up(search, folder, names)
+        if sum(trial.ended for trial in read_trials(folder)) < search.trials:
+            _supervise(folder, names, data_dir, search.tuner in KERAS_TUNERS, address, told)
+        return results.write(search, folder, read_trials(folder))
+
+
+def join(
+    folder: Path,
+    address: str,
+    *,
+    workers: int = 1,
+    data_dir: Path | None = None,
+    told: Callable[[str], None] = print,
+) -> None:
+    """Adds workers of this machine to a search whose chief runs on another, until there are no more trials.
+
+    Args:
+        folder: The folder of the search, on a disk that both machines have.
+        address: HOST:PORT at which the chief listens.
+        workers: How many processes train trials here, 1 or more.
+        data_dir: Where the data set is on this machine, see `keras_dsr.data.load`.
+        told: As in `tune`.
+
+    Raises:
+        FileNotFoundError: if it is not the folder of a search.
+        ValueError: if the search has no chief.
+        OSError: if processes die again and again.
+        ImportError: if the tuner is not installed.
+    """
+    search = search_of(folder)
+    _check(search, workers)
+    _check_address(address)
+    if search.tuner not in KERAS_TUNERS:
+        raise ValueError(f"The search in {folder} has no chief to join: its tuner is {search.tuner!r}.")
+    names = [f"{platform.node()}-{os.getpid()}-worker{number}" for number in range(workers)]
+
+    def over() -> bool:
+        # A chief that has ended tells nobody; results are written after it.
+        return (folder / "results.md").is_file() and all(trial.ended for trial in read_trials(folder))
+
+    _supervise(folder, names, data_dir, False, address, told, over)
+
+
+def serve(folder: Path, worker: str, address: str | None, data_dir: Path | None) -> None:
+    """Is one process of a search: what `python -m keras_dsr.tuning FOLDER --worker NAME` runs."""
+    search = search_of(folder)
+    if search.tuner not in KERAS_TUNERS:
+        optuna_study.work(search, folder, worker, data_dir)
+        return
+    from keras_dsr.tuning import kerastuner
+
+    if address is None:
+        raise ValueError("A worker of KerasTuner needs the chief's address. Pass --chief HOST:PORT.")
+    kerastuner.serve(search, folder, worker, address, data_dir)
+
+
+def end_with(descriptor: int) -> None:
+    """Ends this process as soon as the other end of a pipe is closed, as it is when the process there dies."""
+
+    def wait() -> None:
+        while os.read(descriptor, 1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def require(tuner: str) -> None:
+    """Makes sure that a tuner is installed.
+
+    Raises:
+        ImportError: if it is not.
+    """
+    try:
+        if tuner in KERAS_TUNERS:
+            import grpc  # noqa: F401
+            import keras_tuner  # noqa: F401
+            import tensorboard  # noqa: F401 - KerasTuner fails late without it
+        else:
+            import optuna  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"A search with {tuner!r} needs packages that are not installed ({error}). Install them with: "
+            "pip install 'keras-dsr[tuning]'."
+        ) from error
+
+
+def _check(search: Search, workers: int) -> None:
+    if workers < 1:
+        raise ValueError(f"A search has 1 worker or more. Received workers={workers!r}.")
+    require(search.tuner)
+
+
+def _check_address(address: str) -> None:
+    host, colon, port = address.rpartition(":")
+    if not (host and colon and port.isdecimal() and 0 < int(port) < 2**16):
+        raise ValueError(f"An address is HOST:PORT, such as 192.168.0.7:8700. Received {address!r}.")
+
+
+def _take_up(search: Search, folder: Path, names: list[str]) -> None:
+    """Makes the trials that were being trained as a search was stopped ready to go on with these workers."""
+    optuna_study.mend(folder)
+    left = [trial for trial in read_trials(folder) if not trial.ended]
+    for place, trial in enumerate(left):
+        # It was not the trial that ended the process.
+        worker = names[place % len(names)]
+        write_trial(folder, Trial(number=trial.number, settings=trial.settings, worker=worker, epochs=trial.epochs))
+
+
+class _Process:
+    """A process of a search, and how often it died in a row."""
+
+    def __init__(self, name: str, folder: Path, data_dir: Path | None, cores: list[int] | None) -> None:
+        self.name = name
+        self.log = folder / "logs" / f"{name}.log"
+        self.deaths = 0
+        self._folder = folder
+        self._data_dir = data_dir
+        self._cores = cores
+        self._running: subprocess.Popen[bytes] | None = None
+
+    def start(self, address: str | None) -> None:
+        command = [sys.executable, "-m", "keras_dsr.tuning", str(self._folder), "--worker", self.name, "--supervised"]
+        command += [] if address is None else ["--chief", address]
+        command += [] if self._data_dir is None else ["--data-dir", str(self._data_dir)]
+        environment = {"TF_CPP_MIN_LOG_LEVEL": "2", "TF_FORCE_GPU_ALLOW_GROWTH": "true", **os.environ}
+        # The package that runs here, wherever that is from.
+        paths = [str(Path(keras_dsr.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+        # gRPC asks proxies even for this machine.
+        local = "localhost,127.0.0.1"
+        environment["no_proxy"] = f"{os.environ['no_proxy']},{local}" if os.environ.get("no_proxy") else local
+        with self.log.open("ab") as log:
+            self._running = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+        if self._cores is not None:
+            # Before TensorFlow looks how many it has.
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(self._running.pid, self._cores)
+
+    def status(self) -> int | None:
+        """The exit status; `None` while it runs."""
+        return self._running.poll()
+
+    def stop(self) -> None:
+        if self._running is not None:
+            self._running.kill()
+            self._running.wait()
+            self._running.stdin.close()
+            self._running = None
+
+    def died(self, progressed: bool) -> str:
+        """Notes that it died, and says how.
+
+        Raises:
+            OSError: if it did so too often in a row.
+        """
+        status = self.status()
+        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        self.deaths = 1 if progressed else self.deaths + 1
+        if self.deaths >= _MOST_DEATHS:
+            end = self.log.read_text(errors="replace").strip().splitlines()[-1:]
+            raise OSError(
+                f"{self.name} of the search died {self.deaths} times in a row, last by {how}. "
+                f"{' '.join(end)} (all of it: {self.log})"
+            )
+        return f"{self.name} died by {how}"
+
+
+def _supervise(
+    folder: Path,
+    names: list[str],
+    data_dir: Path | None,
+    with_chief: bool,
+    address: str | None,
+    told: Callable[[str], None],
+    over: Callable[[], bool] | None = None,
+) -> None:
+    """Runs processes until all workers have come to their end, or the search is over."""
+    workers = [_Process(name, folder, data_dir, cores) for name, cores in zip(names, _shares(len(names)), strict=True)]
+    chief = _Process("chief", folder, data_dir, None) if with_chief else None
+    seen = {trial.number for trial in read_trials(folder) if trial.ended}
+    progress = _progress(folder)
+    try:
+        while True:
+            there = _free_address() if chief is not None and address is None else address
+            if chief is not None:
+                chief.start(there)
+            for worker in workers:
+                worker.start(there)
+            working = list(workers)
+            while working and (chief is None or chief.status() is None):
+                time.sleep(_LOOK_EVERY)
+                _tell(folder, seen, told)
+                if over is not None and over():
+                    return
+                for worker in list(working):
+                    if worker.status() is None:
+                        continue
+                    if worker.status() == 0:
+                        working.remove(worker)
+                        continue
+                    before, progress = progress, _progress(folder)
+                    if chief is not None and chief.status() is not None:
+                        break  # and so will all, for want of a chief
+                    told(f"{worker.died(before != progress)}, and is started again")
+                    worker.stop()
+                    worker.start(there)
+            _tell(folder, seen, told)
+            # A chief ends when all trials have, maybe ahead of a worker that had just come back.
+            if not working or chief.status() == 0:
+                return
+            before, progress = progress, _progress(folder)
+            told(f"{chief.died(before != progress)}; all processes are started again")
+            for each in (chief, *workers):
+                each.stop()
+    finally:
+        for each in (*workers, chief):
+            if each is not None:
+                each.stop()
+
+
+def _tell(folder: Path, seen: set[int], told: Callable[[str], None]) -> None:
+    for trial in read_trials(folder):
+        if trial.ended and trial.number not in seen:
+            seen.add(trial.number)
+            told(results.line(trial))
+
+
+def _progress(folder: Path) -> tuple[Any, ...]:
+    """Something that changes whenever a trial ends or an epoch is trained."""
+    trials = read_trials(folder)
+    checkpoints = (run_folder(folder, trial.number) / "checkpoint.npz" for trial in trials)
+    times = [path.stat().st_mtime_ns for path in checkpoints if path.is_file()]
+    return sum(trial.ended for trial in trials), max(times, default=0)
+
+
+def _shares(count: int) -> list[list[int] | None]:
+    """The cores of this machine, shared evenly; `None` where there are too few, or the system cannot tell."""
+    if not hasattr(os, "sched_getaffinity"):
+        return [None] * count
+    cores = sorted(os.sched_getaffinity(0))
+    if count == 1 or len(cores) < count:
+        return [None] * count
+    return [cores[place * len(cores) // count : (place + 1) * len(cores) // count] for place in range(count)]
+
+
+def _free_address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"

@@ -1,0 +1,242 @@
+"""KerasTuner's tuners with our searches: what they draw, what is kept, and what failures and kills lead to.
+
+What is ours relies on methods of KerasTuner's oracles that it does not document; where one of these tests fails after
+an update of KerasTuner, look at `keras_dsr.tuning.kerastuner._Durable` first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import socket
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+keras_tuner = pytest.importorskip("keras_tuner")
+
+from tuning.small import TINY, Killed, search  # noqa: E402
+
+from keras_dsr import data, training, tuning  # noqa: E402
+from keras_dsr.data.parts import ArrayPart  # noqa: E402
+from keras_dsr.layers.neurons import neurons_of  # noqa: E402
+from keras_dsr.tuning import kerastuner  # noqa: E402
+
+TENSORFLOW_ONLY = pytest.mark.tensorflow_only
+
+
+def tuner(made, folder):
+    return kerastuner._SearchTuner(made, folder, None)
+
+
+@pytest.mark.parametrize("name", ["random", "bayesian"])
+def test_a_search_draws_as_many_trials_as_it_has(name, opened, made_up):
+    made, folder = opened(
+        tuner=name, trials=9, space=("threshold=0.5:8:log", "alpha", "timesteps=2:4", "neuron=if,lif")
+    )
+    tuner(made, folder).search()
+    trials = tuning.read_trials(folder)
+    assert [trial.number for trial in trials] == list(range(9))
+    assert {trial.state for trial in trials} == {"finished"}
+    for trial in trials:
+        assert 0.5 <= trial.settings["threshold"] <= 8
+        assert 0.1 <= trial.settings["alpha"] <= 0.9
+        assert trial.settings["timesteps"] in (2, 3, 4)
+        assert trial.settings["neuron"] in ("if", "lif")
+        assert trial.validation_accuracy == pytest.approx(1 - abs(trial.settings["alpha"] - 0.5))
+    assert len({trial.settings["threshold"] for trial in trials}) == 9
+
+
+def test_the_seed_decides_what_is_drawn(tmp_path, made_up):
+    drawn = []
+    for place, seed in enumerate((0, 0, 1)):
+        made = search(tuner="random", trials=3, seed=seed)
+        tuning.search.open_folder(made, tmp_path / str(place))
+        tuner(made, tmp_path / str(place)).search()
+        drawn.append([trial.settings for trial in tuning.read_trials(tmp_path / str(place))])
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.filterwarnings("ignore:The optimal value found for dimension:UserWarning")
+def test_bayesian_search_finds_the_maximum(opened, made_up):
+    made, folder = opened(trials=14, space=("alpha=0.1:0.9",))
+    tuner(made, folder).search()
+    assert abs(tuning.best(tuning.read_trials(folder)).settings["alpha"] - 0.5) < 0.03
+
+
+def test_hyperband_lets_the_best_go_on(opened, made_up):
+    made, folder = opened(tuner="hyperband", trials=12, recipe=dataclasses.replace(TINY, epochs=9))
+    tuner(made, folder).search()
+    trials = tuning.read_trials(folder)
+    assert len(trials) == 12
+    assert {trial.epochs for trial in trials} >= {1, 3}
+    assert all((trial.state == "finished") == (trial.epochs == 9) for trial in trials)
+    # Nobody trained an epoch twice: those that went on began with what they had.
+    by_settings = {}
+    for name, epoch in made_up.trained:
+        by_settings.setdefault(json.dumps(trials[int(name)].settings), []).append(epoch)
+    assert any(len(epochs) > 1 for epochs in by_settings.values())
+    assert all(epochs == list(range(len(epochs))) for epochs in by_settings.values())
+    # The three of nine that went on are the three with the highest accuracy.
+    first = [trial for trial in trials if trial.epochs == 1][:9]
+    gone_on = {json.dumps(trial.settings) for trial in trials if trial.epochs == 3}
+    ranked = sorted(first, key=lambda trial: -trial.validation_accuracy)
+    assert gone_on <= {json.dumps(trial.settings) for trial in ranked[: len(gone_on) + 1]}
+
+
+def test_failures_are_recorded_and_the_search_goes_on(opened, made_up):
+    made, folder = opened(tuner="bayesian", trials=12)
+
+    def diverge(recipe, epoch):
+        if len(made_up.calls) <= 7:
+            raise ValueError("threshold of IFSpike 'neuron1' is no longer a finite number")
+
+    made_up.before_epoch = diverge
+    tuner(made, folder).search()
+    trials = tuning.read_trials(folder)
+    assert [trial.state for trial in trials] == ["failed"] * 7 + ["finished"] * 5
+    assert "neuron1" in trials[0].message
+    known = tuner(made, folder).oracle
+    assert [trial.status for _, trial in sorted(known.trials.items())] == ["FAILED"] * 7 + ["COMPLETED"] * 5
+
+
+def test_a_killed_search_goes_on_with_the_trial_it_was_at(opened, made_up):
+    made, folder = opened(trials=5)
+
+    def kill(recipe, epoch):
+        if len(made_up.calls) == 3 and epoch == 2:
+            raise Killed
+
+    made_up.before_epoch = kill
+    with pytest.raises(Killed):
+        tuner(made, folder).search()
+    before = tuning.read_trials(folder)
+    made_up.before_epoch = lambda recipe, epoch: None
+    tuner(made, folder).search()
+    trials = tuning.read_trials(folder)
+    assert [trial.state for trial in trials] == ["finished"] * 5
+    assert trials[2].settings == before[2].settings
+    assert made_up.calls == ["0000", "0001", "0002", "0002", "0003", "0004"]
+    assert len(made_up.trained) == 5 * 4
+
+
+@pytest.mark.parametrize("write", range(1, 7))
+def test_files_are_whole_wherever_a_kill_comes(write, opened, made_up, monkeypatch):
+    """The process dies as it writes the n-th file, which is half written then."""
+    made, folder = opened(tuner="random", trials=3)
+    whole, times = Path.write_text, iter(range(1, 1000))
+
+    def torn(self, text, *arguments, **named):
+        if "engine" in self.parts and next(times) == write:
+            whole(self, text[: len(text) // 2])
+            raise Killed
+        return whole(self, text, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", torn)
+        with pytest.raises(Killed):
+            tuner(made, folder).search()
+    tuner(made, folder).search()
+    trials = tuning.read_trials(folder)
+    assert [trial.state for trial in trials] == ["finished"] * 3
+    assert len(made_up.trained) == 3 * 4
+
+
+def test_what_would_meet_all_trials_ends_the_search(opened, made_up):
+    made, folder = opened(trials=3)
+
+    def full(recipe, epoch):
+        raise OSError("No space left on device")
+
+    made_up.before_epoch = full
+    with pytest.raises(keras_tuner.errors.FatalError, match="No space left on device"):
+        tuner(made, folder).search()
+
+
+def test_a_port_that_is_taken_is_refused():
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        port = listening.getsockname()[1]
+        with pytest.raises(
+            OSError, match=rf"chief cannot listen at 127\.0\.0\.1:{port}: Address already in use.*another"
+        ):
+            kerastuner.check_free("127.0.0.1", port)
+    kerastuner.check_free("127.0.0.1", port)
+
+
+@pytest.fixture(scope="module")
+def hypermodel():
+    return tuning.DSRHyperModel(TINY, tuning.parse(TINY, ["threshold=1:4:log", "alpha", "timesteps=2,3"]))
+
+
+@TENSORFLOW_ONLY
+def test_a_hypermodel_builds_what_was_drawn(hypermodel):
+    hp = keras_tuner.HyperParameters()
+    hypermodel.build(hp)
+    assert {each.name: type(each).__name__ for each in hp.space} == {
+        "threshold": "Float",
+        "alpha": "Float",
+        "timesteps": "Choice",
+    }
+    hp.values = {"threshold": 3.25, "alpha": 0.75, "timesteps": 3}
+    model = hypermodel.build(hp)
+    layers = neurons_of(model)
+    assert {(layer.initial_threshold, layer.alpha) for layer in layers} == {(3.25, 0.75)}
+    assert layers[0].timesteps == 3
+    again = hypermodel.build(hp)
+    for one, other in zip(model.get_weights(), again.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@TENSORFLOW_ONLY
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+def test_kerastuners_own_tuners_take_it(hypermodel, tmp_path):
+    made = keras_tuner.Hyperband(
+        hypermodel, "val_accuracy", max_epochs=2, factor=2, directory=tmp_path, project_name="own", seed=1
+    )
+    made.oracle.max_trials = 2
+    made.search(verbose=0)
+    trials = list(made.oracle.trials.values())
+    assert [trial.status for trial in trials] == ["COMPLETED"] * 2
+    assert all(0 <= trial.score <= 1 for trial in trials)
+    assert isinstance(made.get_best_models()[0], keras.Model)
+
+
+@TENSORFLOW_ONLY
+def test_the_schedule_is_that_of_all_epochs(hypermodel):
+    hp = keras_tuner.HyperParameters()
+    model = hypermodel.build(hp)
+    steps = 40 // 16
+    history = hypermodel.fit(hp, model, epochs=3, initial_epoch=2, verbose=0)
+    assert history.epoch == [2]
+    assert int(model.optimizer.iterations) == 3 * steps
+    # A cosine from the recipe's rate to 0 over four epochs.
+    expected = TINY.learning_rate * (1 + np.cos(np.pi * 3 / 4)) / 2
+    assert float(model.optimizer.learning_rate) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "space", "message"),
+    [
+        (
+            dataclasses.replace(TINY, hybrid_epochs=2),
+            None,
+            r"trained in one stage\. Received hybrid_epochs=2.*keras-dsr",
+        ),
+        (TINY, [tuning.Range("tau", 1.0, 2.0)], r"tau is a setting of LIF neurons"),
+    ],
+)
+def test_a_hypermodel_refuses_what_it_cannot_train(recipe, space, message):
+    with pytest.raises(ValueError, match=message):
+        tuning.DSRHyperModel(recipe, space)
+
+
+def test_a_hypermodel_needs_validation_examples(monkeypatch):
+    digits = data.load("digits")
+    empty = dataclasses.replace(digits, validation=ArrayPart(digits.train.x[:0], digits.train.labels[:0]))
+    monkeypatch.setattr(training, "load", lambda *arguments, **named: empty)
+    with pytest.raises(ValueError, match=r"compared on validation examples, and 'digits' has none"):
+        tuning.DSRHyperModel(TINY)
