@@ -8,7 +8,7 @@
 - `keras_dsr.Stream`: what travels between layers
 - `keras_dsr.callbacks`: `CheckFinite`
 - `keras_dsr.optimizers`: `SGD`, with the paper's weight decay
-- the command line, `keras-dsr`: `train`, `resume`, `evaluate`, `recipes`, `pack`, `compare`
+- the command line, `keras-dsr`: `train`, `resume`, `tune`, `evaluate`, `recipes`, `pack`, `compare`
 
 Reference: Meng et al., "Training High-Performance Low-Latency Spiking Neural Networks by Differentiation on Spike
 Representation", CVPR 2022.

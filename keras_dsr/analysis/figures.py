@@ -249,6 +249,11 @@ def search(
     ):
         axes = figure.add_subplot(next(places))
         mark(axes, x, finished, ringed=True)
+        if x is rates and len({timesteps[place] for place in finished}) > 1:
+            for place in (place for place in finished if front[place]):
+                at = (rates[place], accuracies[place])
+                style = {"textcoords": "offset points", "fontsize": 8, "color": _INK}
+                axes.annotate(f"N = {timesteps[place]}", at, xytext=(8, 5), **style)
         _panel(axes, heading, label, "validation accuracy")
         handles |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -64,15 +64,16 @@ class DSRHyperModel(keras_tuner.HyperModel):
 
     Example:
 
-    >>> import tempfile, keras_tuner
+    >>> import keras_tuner
     >>> from keras_dsr import recipes, tuning
     >>> model = tuning.DSRHyperModel(recipes.get("digits"))
-    >>> folder = tempfile.mkdtemp()
-    >>> tuner = keras_tuner.RandomSearch(model, "val_accuracy", max_trials=20, directory=folder)
-    >>> sorted(hp.name for hp in tuner.oracle.get_space().space)
+    >>> hp = keras_tuner.HyperParameters()
+    >>> model.recipe_of(hp).threshold
+    0.5
+    >>> sorted(each.name for each in hp.space)
     ['alpha', 'threshold']
 
-    `tuner.search()` needs no data beside.
+    `keras_tuner.RandomSearch(model, "val_accuracy", max_trials=20).search()` needs no data beside.
     """
 
     def __init__(

@@ -37,7 +37,8 @@ from keras_dsr.tuning.search import (
 
 # So often in a row may a process die without that a trial ends or an epoch is trained.
 _MOST_DEATHS = 6
-_LOOK_EVERY = 0.2
+# Seconds.
+_LOOK_EVERY = 0.5
 
 
 def tune(
@@ -216,7 +217,13 @@ class _Process:
         command = [sys.executable, "-m", "keras_dsr.tuning", str(self._folder), "--worker", self.name, "--supervised"]
         command += [] if address is None else ["--chief", address]
         command += [] if self._data_dir is None else ["--data-dir", str(self._data_dir)]
-        environment = {"TF_CPP_MIN_LOG_LEVEL": "2", "TF_FORCE_GPU_ALLOW_GROWTH": "true", **os.environ}
+        environment = {
+            "TF_CPP_MIN_LOG_LEVEL": "2",
+            # Workers may share a GPU, of which the first would take all.
+            "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            **os.environ,
+        }
         # The package that runs here, wherever that is from.
         paths = [str(Path(keras_dsr.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
@@ -275,6 +282,11 @@ def _supervise(
     chief = _Process("chief", folder, data_dir, None) if with_chief else None
     seen = {trial.number for trial in read_trials(folder) if trial.ended}
     progress = _progress(folder)
+
+    def awaited() -> bool:
+        # Workers of other machines may have trials to end when those of this one have none left.
+        return chief is not None and address is not None and any(not trial.ended for trial in read_trials(folder))
+
     try:
         while True:
             there = _free_address() if chief is not None and address is None else address
@@ -283,7 +295,7 @@ def _supervise(
             for worker in workers:
                 worker.start(there)
             working = list(workers)
-            while working and (chief is None or chief.status() is None):
+            while (working or awaited()) and (chief is None or chief.status() is None):
                 time.sleep(_LOOK_EVERY)
                 _tell(folder, seen, told)
                 if over is not None and over():

@@ -35,7 +35,7 @@ class Search:
         tuner: "random", "bayesian" (a Gaussian process) or "hyperband" (many trials of few epochs, of which the best go
             on) of KerasTuner, or "optuna" (tree-structured Parzen estimator; trials that are worse than the median of
             those before are stopped).
-        trials: How many, 1 or more.
+        trials: How many, 1 or more. With Hyperband one that goes on with more epochs is a trial of its own.
         seed: Seed of the tuner. The trials' networks have the recipe's.
 
     Raises:

@@ -19,7 +19,7 @@ keras_tuner = pytest.importorskip("keras_tuner")
 
 from tuning.small import TINY, Killed, search  # noqa: E402
 
-from keras_dsr import data, training, tuning  # noqa: E402
+from keras_dsr import data, recipes, training, tuning  # noqa: E402
 from keras_dsr.data.parts import ArrayPart  # noqa: E402
 from keras_dsr.layers.neurons import neurons_of  # noqa: E402
 from keras_dsr.tuning import kerastuner  # noqa: E402
@@ -61,9 +61,9 @@ def test_the_seed_decides_what_is_drawn(tmp_path, made_up):
 
 @pytest.mark.filterwarnings("ignore:The optimal value found for dimension:UserWarning")
 def test_bayesian_search_finds_the_maximum(opened, made_up):
-    made, folder = opened(trials=14, space=("alpha=0.1:0.9",))
+    made, folder = opened(trials=10, space=("alpha=0.1:0.9",))
     tuner(made, folder).search()
-    assert abs(tuning.best(tuning.read_trials(folder)).settings["alpha"] - 0.5) < 0.03
+    assert abs(tuning.best(tuning.read_trials(folder)).settings["alpha"] - 0.5) < 0.05
 
 
 def test_hyperband_lets_the_best_go_on(opened, made_up):
@@ -189,6 +189,15 @@ def test_a_hypermodel_builds_what_was_drawn(hypermodel):
     again = hypermodel.build(hp)
     for one, other in zip(model.get_weights(), again.get_weights(), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@TENSORFLOW_ONLY
+def test_a_hypermodel_of_event_frames_has_as_many_as_steps():
+    events = recipes.get("digits-events")
+    model = tuning.DSRHyperModel(events, tuning.parse(events, ["timesteps=2,4"]))
+    hp = keras_tuner.HyperParameters()
+    hp.values = {"timesteps": 4}
+    assert model.build(hp).input_shape == (None, 4, *model._loaded.input_shape[1:])
 
 
 @TENSORFLOW_ONLY

@@ -155,6 +155,24 @@ def test_with_the_chief_all_are_started_again(opened, monkeypatch):
     assert script.started == ["chief", "worker0"] * 2
 
 
+def test_trials_of_other_machines_are_waited_for(opened, monkeypatch):
+    _, folder = opened()
+    theirs = Trial(number=0, settings={}, worker="elsewhere")
+    write_trial(folder, theirs)
+    Script(monkeypatch, chief=[WAIT], worker0=[END])
+    looks = iter(range(1000))
+
+    def look():
+        if next(looks) == 30:
+            write_trial(folder, dataclasses.replace(theirs, state="finished"))
+        return False
+
+    processes._supervise(folder, ["worker0"], None, True, "127.0.0.1:8700", print, look)
+    assert next(looks) > 30
+    write_trial(folder, theirs)
+    assert supervise(folder, 1) == []  # nobody can have joined
+
+
 def test_a_chief_that_has_ended_is_the_end(opened, monkeypatch):
     _, folder = opened()
     Script(monkeypatch, chief=[END], worker0=[WAIT])
