@@ -224,6 +224,12 @@ class _SearchTuner(BaseTuner):
         self._idle = False
         super().__init__(oracle(search), directory=str(folder), project_name="engine")
 
+    def save(self) -> None:
+        # A worker has nothing to keep, and would not start again from half a file.
+        if isinstance(self.oracle, keras_tuner.Oracle):
+            self.oracle.save()
+            runs.write(Path(self._get_tuner_fname()), json.dumps(self.get_state()))
+
     def pre_create_trial(self) -> None:
         # An oracle that waits for other trials says so at once, and would be asked again at once.
         if self._idle:
@@ -266,8 +272,11 @@ def serve(search: Search, folder: Path, worker: str, address: str, data_dir: Pat
         data_dir: Where the data set is, see `keras_dsr.data.load`.
 
     Raises:
+        ValueError: if the worker's name would make KerasTuner take it for the chief.
         OSError: in the chief, if the port is taken.
     """
+    if worker != "chief" and "chief" in worker:
+        raise ValueError(f"KerasTuner takes for the chief whoever has chief in its name. Received {worker!r}.")
     host, _, port = address.rpartition(":")
     if worker == "chief":
         check_free(host, int(port))

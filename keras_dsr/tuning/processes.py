@@ -126,7 +126,8 @@ def join(
     _check_address(address)
     if search.tuner not in KERAS_TUNERS:
         raise ValueError(f"The search in {folder} has no chief to join: its tuner is {search.tuner!r}.")
-    names = [f"{platform.node()}-{os.getpid()}-worker{number}" for number in range(workers)]
+    machine = platform.node().replace("chief", "machine")  # KerasTuner goes by that word
+    names = [f"{machine}-{os.getpid()}-worker{number}" for number in range(workers)]
 
     def over() -> bool:
         # A chief that has ended tells nobody; results are written after it.

@@ -122,7 +122,7 @@ def test_a_killed_search_goes_on_with_the_trial_it_was_at(opened, made_up):
     assert len(made_up.trained) == 5 * 4
 
 
-@pytest.mark.parametrize("write", range(1, 7))
+@pytest.mark.parametrize("write", range(1, 10))
 def test_files_are_whole_wherever_a_kill_comes(write, opened, made_up, monkeypatch):
     """The process dies as it writes the n-th file, which is half written then."""
     made, folder = opened(tuner="random", trials=3)
@@ -165,6 +165,12 @@ def test_a_port_that_is_taken_is_refused():
         ):
             kerastuner.check_free("127.0.0.1", port)
     kerastuner.check_free("127.0.0.1", port)
+
+
+def test_a_worker_is_not_taken_for_the_chief(opened):
+    made, folder = opened()
+    with pytest.raises(ValueError, match=r"whoever has chief in its name\. Received 'chiefs-worker0'"):
+        kerastuner.serve(made, folder, "chiefs-worker0", "127.0.0.1:1")
 
 
 @pytest.fixture(scope="module")

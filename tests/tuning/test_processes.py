@@ -329,12 +329,14 @@ def test_joined_workers_end_with_the_search(opened, monkeypatch):
     pytest.importorskip("keras_tuner")
     _, folder = opened()
     write_trial(folder, Trial(number=0, settings={}, state="finished", validation_accuracy=0.5))
+    monkeypatch.setattr(processes.platform, "node", lambda: "chief7")
     script = Script(monkeypatch)
     script.code = type("Any", (), {"__getitem__": lambda self, name: [WAIT]})()
     (folder / "results.md").touch()
     tuning.join(folder, "host:8700", workers=2)
     assert len(script.started) == 2
     assert len(set(script.started)) == 2
+    assert not any("chief" in name for name in script.started)
 
 
 @pytest.mark.parametrize("tuner", ["random", "optuna"])
