@@ -1,6 +1,7 @@
 """One process of a search: `python -m keras_dsr.tuning FOLDER --worker NAME --chief HOST:PORT`.
 
-`keras-dsr tune` starts such processes, and starts them again when they die. The name "chief" makes it the chief.
+`keras-dsr tune` starts such processes, and starts them again when they die. The name "chief" makes it the chief. Exit
+status 69 says that something is wrong that all trials would meet, such as a data set that is not there.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def main() -> None:
     try:
         processes.serve(options.folder, options.worker, options.chief, options.data_dir)
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"{options.worker}: {type(error).__name__}: {error}")
+        print(f"{options.worker}: {type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(processes.FAULT)
 
 
 if __name__ == "__main__":

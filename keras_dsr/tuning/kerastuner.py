@@ -282,7 +282,10 @@ def serve(search: Search, folder: Path, worker: str, address: str, data_dir: Pat
         check_free(host, int(port))
     # KerasTuner's own way to say so.
     os.environ |= {"KERASTUNER_TUNER_ID": worker, "KERASTUNER_ORACLE_IP": host, "KERASTUNER_ORACLE_PORT": port}
-    _SearchTuner(search, folder, data_dir).search()
+    try:
+        _SearchTuner(search, folder, data_dir).search()
+    except keras_tuner.errors.FatalError as error:
+        raise error.__cause__ from error
 
 
 def check_free(host: str, port: int) -> None:

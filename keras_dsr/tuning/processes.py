@@ -8,8 +8,10 @@ started again with it. Processes end when the one that started them does, howeve
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import platform
+import re
 import signal
 import socket
 import subprocess
@@ -26,6 +28,7 @@ from keras_dsr.recipes import Recipe
 from keras_dsr.tuning import optuna_study, results
 from keras_dsr.tuning.search import (
     KERAS_TUNERS,
+    MOST_ATTEMPTS,
     Search,
     Trial,
     open_folder,
@@ -35,10 +38,15 @@ from keras_dsr.tuning.search import (
     write_trial,
 )
 
-# So often in a row may a process die without that a trial ends or an epoch is trained.
-_MOST_DEATHS = 6
+# Exit status of a process that met what all trials would meet; starting it again would not help. (EX_UNAVAILABLE of
+# BSD's sysexits.h; Python, signals and KerasTuner use others.)
+FAULT = 69
+# So often in a row may a process die without that a trial ends or an epoch is trained: at three trials in a row.
+_MOST_DEATHS = 3 * MOST_ATTEMPTS
 # Seconds.
 _LOOK_EVERY = 0.5
+# Names of the workers that `tune` starts.
+_OURS = re.compile(r"worker\d+")
 
 
 def tune(
@@ -72,7 +80,8 @@ def tune(
         FileExistsError: if the folder has files but is not that of a search.
         FileNotFoundError: if the data set is not there.
         BlockingIOError: if the search is run in this folder already.
-        OSError: if the port is taken, or processes die again and again.
+        OSError: if the port is taken, processes die again and again, or one meets what all trials would, such as a full
+            disk.
         ImportError: if the tuner is not installed.
     """
     _check(search, workers)
@@ -92,7 +101,7 @@ def tune(
     with runs.locked(folder):
         open_folder(search, folder)
         names = [f"worker{number}" for number in range(workers)]
-        _take_up(search, folder, names)
+        _take_up(folder, names)
         if sum(trial.ended for trial in read_trials(folder)) < search.trials:
             _supervise(folder, names, data_dir, search.tuner in KERAS_TUNERS, address, told)
         return results.write(search, folder, read_trials(folder))
@@ -192,14 +201,23 @@ def _check_address(address: str) -> None:
         raise ValueError(f"An address is HOST:PORT, such as 192.168.0.7:8700. Received {address!r}.")
 
 
-def _take_up(search: Search, folder: Path, names: list[str]) -> None:
+def _take_up(folder: Path, names: list[str]) -> None:
     """Makes the trials that were being trained as a search was stopped ready to go on with these workers."""
     optuna_study.mend(folder)
-    left = [trial for trial in read_trials(folder) if not trial.ended]
-    for place, trial in enumerate(left):
-        # It was not the trial that ended the process.
-        worker = names[place % len(names)]
-        write_trial(folder, Trial(number=trial.number, settings=trial.settings, worker=worker, epochs=trial.epochs))
+    for place, trial in enumerate(_left(folder)):
+        write_trial(folder, dataclasses.replace(trial, worker=names[place % len(names)]))
+    _forgive(folder)
+
+
+def _forgive(folder: Path) -> None:
+    """Begins counting attempts anew where it was not the trial that ended the process; no worker may be at work."""
+    for trial in _left(folder):
+        write_trial(folder, dataclasses.replace(trial, attempts=0))
+
+
+def _left(folder: Path) -> list[Trial]:
+    """Unfinished trials of this machine's workers; others may be at theirs."""
+    return [trial for trial in read_trials(folder) if not trial.ended and _OURS.fullmatch(trial.worker)]
 
 
 class _Process:
@@ -213,6 +231,7 @@ class _Process:
         self._data_dir = data_dir
         self._cores = cores
         self._running: subprocess.Popen[bytes] | None = None
+        self._progress = _progress(folder, None if name == "chief" else name)
 
     def start(self, address: str | None) -> None:
         command = [sys.executable, "-m", "keras_dsr.tuning", str(self._folder), "--worker", self.name, "--supervised"]
@@ -251,20 +270,26 @@ class _Process:
             self._running.stdin.close()
             self._running = None
 
-    def died(self, progressed: bool) -> str:
+    def died(self) -> str:
         """Notes that it died, and says how.
 
         Raises:
-            OSError: if it did so too often in a row.
+            OSError: if it did so too often in a row, or because of something that would meet it again.
         """
         status = self.status()
         how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-        self.deaths = 1 if progressed else self.deaths + 1
-        if self.deaths >= _MOST_DEATHS:
-            end = self.log.read_text(errors="replace").strip().splitlines()[-1:]
+        before, self._progress = self._progress, _progress(self._folder, None if self.name == "chief" else self.name)
+        self.deaths = 1 if before != self._progress else self.deaths + 1
+        end = " ".join(self.log.read_text(errors="replace").strip().splitlines()[-1:])
+        if status == FAULT:
             raise OSError(
-                f"{self.name} of the search died {self.deaths} times in a row, last by {how}. "
-                f"{' '.join(end)} (all of it: {self.log})"
+                f"The search met what would meet all of its trials: {end} (all of it: {self.log}). Mend it, and go on "
+                f"with: keras-dsr tune --folder {self._folder}."
+            )
+        if self.deaths >= _MOST_DEATHS:
+            raise OSError(
+                f"{self.name} of the search died {self.deaths} times in a row, last by {how}. {end} "
+                f"(all of it: {self.log})"
             )
         return f"{self.name} died by {how}"
 
@@ -282,7 +307,6 @@ def _supervise(
     workers = [_Process(name, folder, data_dir, cores) for name, cores in zip(names, _shares(len(names)), strict=True)]
     chief = _Process("chief", folder, data_dir, None) if with_chief else None
     seen = {trial.number for trial in read_trials(folder) if trial.ended}
-    progress = _progress(folder)
 
     def awaited() -> bool:
         # Workers of other machines may have trials to end when those of this one have none left.
@@ -307,20 +331,19 @@ def _supervise(
                     if worker.status() == 0:
                         working.remove(worker)
                         continue
-                    before, progress = progress, _progress(folder)
                     if chief is not None and chief.status() is not None:
                         break  # and so will all, for want of a chief
-                    told(f"{worker.died(before != progress)}, and is started again")
+                    told(f"{worker.died()}, and is started again")
                     worker.stop()
                     worker.start(there)
             _tell(folder, seen, told)
             # A chief ends when all trials have, maybe ahead of a worker that had just come back.
             if not working or chief.status() == 0:
                 return
-            before, progress = progress, _progress(folder)
-            told(f"{chief.died(before != progress)}; all processes are started again")
+            told(f"{chief.died()}; all processes are started again")
             for each in (chief, *workers):
                 each.stop()
+            _forgive(folder)
     finally:
         for each in (*workers, chief):
             if each is not None:
@@ -334,12 +357,15 @@ def _tell(folder: Path, seen: set[int], told: Callable[[str], None]) -> None:
             told(results.line(trial))
 
 
-def _progress(folder: Path) -> tuple[Any, ...]:
-    """Something that changes whenever a trial ends or an epoch is trained."""
-    trials = read_trials(folder)
+def _progress(folder: Path, worker: str | None) -> tuple[Any, ...]:
+    """Something that changes whenever a worker, or any of them, ends a trial or trains an epoch.
+
+    A trial that was given up is no progress: whatever killed the process may be at the next as well.
+    """
+    trials = [trial for trial in read_trials(folder) if worker in (None, trial.worker)]
     checkpoints = (run_folder(folder, trial.number) / "checkpoint.npz" for trial in trials)
     times = [path.stat().st_mtime_ns for path in checkpoints if path.is_file()]
-    return sum(trial.ended for trial in trials), max(times, default=0)
+    return sum(trial.ended and not trial.given_up for trial in trials), max(times, default=0)
 
 
 def _shares(count: int) -> list[list[int] | None]:

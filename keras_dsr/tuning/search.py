@@ -23,6 +23,8 @@ from keras_dsr.tuning.space import Parameter
 KERAS_TUNERS = ("random", "bayesian", "hyperband")
 TUNERS = (*KERAS_TUNERS, "optuna")
 ENDED = ("finished", "stopped", "failed")
+# A trial at which the process died so often in a row, say for want of memory, is recorded as failed.
+MOST_ATTEMPTS = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,7 @@ class Trial:
         worker: Who trains it, or did.
         attempts: How often its training was begun without that an epoch came to its end in between.
         epochs: Epochs trained, of the last stage.
+        kept: Epochs of all stages that were kept when its training was begun last.
         validation_accuracy: Of the epochs so far, by the recipe's selection; `None` if none came to its end.
         firing_rate: Spikes per neuron and time step on validation examples, the mean over neuron layers; `None` but for
             finished trials.
@@ -112,6 +115,7 @@ class Trial:
     worker: str = ""
     attempts: int = 0
     epochs: int = 0
+    kept: int = 0
     validation_accuracy: float | None = None
     firing_rate: float | None = None
     timesteps: int | None = None
@@ -128,6 +132,11 @@ class Trial:
     def ended(self) -> bool:
         """Whether nothing more comes of it."""
         return self.state in ENDED
+
+    @property
+    def given_up(self) -> bool:
+        """Whether it failed because the process that trained it died again and again, without an error of its own."""
+        return self.state == "failed" and self.attempts > MOST_ATTEMPTS
 
 
 def open_folder(search: Search, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -19,10 +20,7 @@ from keras_dsr import checkpoints, training
 from keras_dsr.data.parts import DataSet
 from keras_dsr.files import workspace
 from keras_dsr.recipes import Recipe
-from keras_dsr.tuning.search import Search, Trial, read_trial, run_folder, write_trial
-
-# A trial at which the process died so often in a row, say for want of memory, is recorded as failed.
-MOST_ATTEMPTS = 3
+from keras_dsr.tuning.search import MOST_ATTEMPTS, Search, Trial, read_trial, run_folder, write_trial
 
 
 class _Stopped(Exception):
@@ -78,11 +76,13 @@ def run_trial(
         The record, of a trial that ended. If it had before, nothing is trained.
 
     Raises:
-        OSError: if files cannot be read or written.
+        OSError: if files cannot be read or written. Like the next it would meet other trials too: it is no attempt at
+            this one.
         ImportError: if a package for the data set is not installed.
     """
     path = run_folder(folder, number)
     earlier = read_trial(folder, number)
+    begun = None
     while True:
         before = read_trial(folder, number)
         if before is not None and before.ended:
@@ -91,14 +91,15 @@ def run_trial(
             recipe = search.trial_recipe(settings)
             if parent is not None and not path.exists():
                 _copy(run_folder(folder, parent), path)
-            done = len(_rows(path, recipe))
-            attempts = earlier.attempts + 1 if earlier is not None and earlier.epochs == done else 1
+            rows = _rows(path)
+            attempts = earlier.attempts + 1 if earlier is not None and earlier.kept == len(rows) else 1
             begun = Trial(
                 number=number,
                 settings={name: getattr(recipe, name) for name in settings},
                 worker=worker,
                 attempts=attempts,
-                epochs=done,
+                epochs=len(_of_last_stage(rows, recipe)),
+                kept=len(rows),
                 timesteps=recipe.timesteps,
             )
             if attempts > MOST_ATTEMPTS:
@@ -111,6 +112,9 @@ def run_trial(
             time.sleep(1)
             continue
         except (OSError, ImportError):  # would meet all trials
+            if begun is not None:
+                with contextlib.suppress(OSError):
+                    write_trial(folder, dataclasses.replace(begun, attempts=begun.attempts - 1))
             raise
         except Exception as error:  # whatever a trial comes to, the others go on
             ended = _failed(Trial(number=number, settings=dict(settings), worker=worker), _told(error))
@@ -157,7 +161,7 @@ def _told(error: Exception) -> str:
 
 def _so_far(trial: Trial, recipe: Recipe, path: Path, state: str) -> Trial:
     """What a trial's checkpoint says of it."""
-    rows = _rows(path, recipe)
+    rows = _of_last_stage(_rows(path), recipe)
     accuracies = [row["val_accuracy"] for row in rows]
     chosen = None
     if accuracies:
@@ -171,13 +175,15 @@ def _so_far(trial: Trial, recipe: Recipe, path: Path, state: str) -> Trial:
     )
 
 
-def _rows(path: Path, recipe: Recipe) -> list[dict[str, Any]]:
-    """The history of a trial's last stage."""
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The history of a trial, of all its stages."""
     checkpoint = path / "checkpoint.npz"
-    if not checkpoint.is_file():
-        return []
+    return checkpoints.progress(checkpoint)["rows"] if checkpoint.is_file() else []
+
+
+def _of_last_stage(rows: list[dict[str, Any]], recipe: Recipe) -> list[dict[str, Any]]:
     last = "spiking" if recipe.timesteps else "representation"
-    return [row for row in checkpoints.progress(checkpoint)["rows"] if row["stage"] == last]
+    return [row for row in rows if row["stage"] == last]
 
 
 def _copy(source: Path, target: Path) -> None:

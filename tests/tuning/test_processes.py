@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from tuning.small import TINY, search
 from keras_dsr import data, runs, training, tuning
 from keras_dsr.data.parts import ArrayPart
 from keras_dsr.recipes import Recipe
-from keras_dsr.tuning import processes
+from keras_dsr.tuning import processes, trials
 from keras_dsr.tuning.search import Trial, run_folder, search_of, write_trial
 
 TENSORFLOW_ONLY = pytest.mark.tensorflow_only
@@ -186,7 +187,7 @@ def test_what_dies_again_and_again_is_an_error(name, opened, monkeypatch):
     fail = "print('it is the disk', file=sys.stderr); sys.exit(1)"
     Script(monkeypatch, **{"chief": [WAIT], "worker0": [WAIT], name: [fail]})
     with pytest.raises(
-        OSError, match=rf"{name} of the search died 6 times in a row, last by exit status 1\. it is the disk"
+        OSError, match=rf"{name} of the search died 9 times in a row, last by exit status 1\. it is the disk"
     ):
         supervise(folder, 1)
 
@@ -195,10 +196,83 @@ def test_what_gets_on_in_between_may_die_often(opened, monkeypatch):
     _, folder = opened()
     epoch = f"open({str(run_folder(folder, 0) / 'checkpoint.npz')!r}, 'w').close(); time.sleep(0.05); {DIE}"
     run_folder(folder, 0).mkdir()
-    write_trial(folder, Trial(number=0, settings={}))
-    script = Script(monkeypatch, worker0=[epoch] * 8 + [END])
-    assert len(supervise(folder, 1, chief=False)) == 8
-    assert script.started == ["worker0"] * 9
+    write_trial(folder, Trial(number=0, settings={}, worker="worker0"))
+    script = Script(monkeypatch, worker0=[epoch] * 12 + [END])
+    assert len(supervise(folder, 1, chief=False)) == 12
+    assert script.started == ["worker0"] * 13
+
+
+def ending(folder, worker, attempts):
+    """Code that records the next trial of a worker as failed, and dies."""
+    first = Trial(number=0, settings={}, worker=worker, state="failed", attempts=attempts)
+    text = json.dumps(dataclasses.asdict(first))
+    parent = str(folder / "trials")
+    return f"""
+import json
+number = len([name for name in os.listdir({parent!r}) if name.endswith('.json')])
+record = json.loads({text!r}) | {{'number': number}}
+beside = os.path.join({parent!r}, '.beside')
+with open(beside, 'w') as file:
+    json.dump(record, file)
+os.rename(beside, os.path.join({parent!r}, f'{{number:04d}}.json'))
+{DIE}
+"""
+
+
+def test_trials_that_are_given_up_are_no_progress(opened, monkeypatch):
+    _, folder = opened()
+    script = Script(monkeypatch, worker0=[ending(folder, "worker0", trials.MOST_ATTEMPTS + 1)])
+    with pytest.raises(OSError, match=r"worker0 of the search died 9 times in a row, last by signal SIGKILL"):
+        supervise(folder, 1, chief=False)
+    assert len(script.started) == 9
+
+
+def test_a_worker_is_not_saved_by_what_others_do(opened, monkeypatch):
+    _, folder = opened()
+    Script(monkeypatch, worker0=[ending(folder, "worker1", 1)])
+    with pytest.raises(OSError, match=r"worker0 of the search died 9 times in a row"):
+        supervise(folder, 1, chief=False)
+
+
+def test_trials_that_fail_by_an_error_are_progress(opened, monkeypatch):
+    _, folder = opened()
+    Script(monkeypatch, worker0=[ending(folder, "worker0", 1)] * 12 + [END])
+    assert len(supervise(folder, 1, chief=False)) == 12
+
+
+def test_what_would_meet_all_trials_ends_the_search_at_once(opened, monkeypatch):
+    _, folder = opened()
+    code = f"print('worker0: OSError: No space left', file=sys.stderr); sys.exit({processes.FAULT})"
+    script = Script(monkeypatch, chief=[WAIT], worker0=[code])
+    with pytest.raises(
+        OSError, match=r"would meet all of its trials: worker0: OSError: No space left .*keras-dsr tune --folder"
+    ):
+        supervise(folder, 1)
+    assert script.started == ["chief", "worker0"]
+
+
+@pytest.mark.parametrize("error", [OSError("No space left"), ImportError("no tonic"), ValueError("no such name")])
+def test_a_process_says_by_its_status_that_all_trials_would_fail(error, monkeypatch, tmp_path, capsys):
+    from keras_dsr.tuning import __main__ as one
+
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(processes, "serve", fail)
+    monkeypatch.setattr(sys, "argv", ["tuning", str(tmp_path), "--worker", "worker0"])
+    with pytest.raises(SystemExit) as ended:
+        one.main()
+    assert ended.value.code == processes.FAULT
+    assert capsys.readouterr().err == f"worker0: {type(error).__name__}: {error}\n"
+
+
+def test_the_death_of_the_chief_is_no_attempt_at_a_trial(opened, monkeypatch):
+    _, folder = opened()
+    write_trial(folder, Trial(number=0, settings={}, worker="worker0", attempts=2, kept=3))
+    write_trial(folder, Trial(number=1, settings={}, worker="machine-worker0", attempts=2))
+    Script(monkeypatch, chief=[DIE, WAIT], worker0=[WAIT, END])
+    supervise(folder, 1)
+    assert [(trial.attempts, trial.kept) for trial in tuning.read_trials(folder)] == [(0, 3), (2, 0)]
 
 
 def test_trials_that_end_are_told(opened, monkeypatch):
@@ -247,11 +321,11 @@ def test_processes_end_with_the_one_that_started_them():
 
 
 def test_trials_of_workers_that_are_gone_are_taken_up(opened):
-    made, folder = opened(tuner="optuna")
+    _, folder = opened(tuner="optuna")
     for number, worker in enumerate(["worker0", "worker1", "worker2"]):
         write_trial(folder, Trial(number=number, settings={"alpha": 0.5}, worker=worker, attempts=3, epochs=number))
     write_trial(folder, Trial(number=3, settings={}, state="finished", worker="worker2"))
-    processes._take_up(made, folder, ["worker0", "worker1"])
+    processes._take_up(folder, ["worker0", "worker1"])
     assert [(trial.worker, trial.attempts, trial.epochs) for trial in tuning.read_trials(folder)] == [
         ("worker0", 0, 0),
         ("worker1", 0, 1),

@@ -130,7 +130,7 @@ def test_a_trial_that_was_stopped_goes_on_in_another(unbroken, tmp_path):
     last = run_trial(made, tmp_path, 5, SETTINGS, worker="other", until=4, parent=3)
     assert rows(tmp_path, 5) == rows(whole)
     assert len(rows(tmp_path, 3)) == 1
-    assert dataclasses.replace(last, number=0, worker="one", seconds=expected.seconds, attempts=1) == expected
+    assert dataclasses.replace(last, number=0, worker="one", seconds=expected.seconds, kept=0) == expected
 
 
 @TENSORFLOW_ONLY
@@ -199,9 +199,28 @@ def test_what_would_meet_all_trials_ends_the_process(error, opened, made_up):
         raise error
 
     made_up.before_epoch = fail
-    with pytest.raises(type(error)):
-        run_trial(made, folder, 0, SETTINGS, worker="one")
-    assert read_trial(folder, 0).state == "running"
+    for _ in range(trials.MOST_ATTEMPTS + 2):
+        with pytest.raises(type(error)):
+            run_trial(made, folder, 0, SETTINGS, worker="one")
+    assert (read_trial(folder, 0).state, read_trial(folder, 0).attempts) == ("running", 0)
+
+
+def test_epochs_of_earlier_stages_count_as_well(opened, made_up, monkeypatch):
+    """A hybrid training that dies once in each epoch gets on, though none of its last stage is kept yet."""
+    made, folder = opened()
+    kept = []
+    monkeypatch.setattr(trials, "_rows", lambda path: list(kept))
+
+    def die(recipe, epoch):
+        kept.append({"stage": "representation", "val_accuracy": 0.1, "seconds": 1.0})
+        raise Killed
+
+    made_up.before_epoch = die
+    for _ in range(trials.MOST_ATTEMPTS + 2):
+        with pytest.raises(Killed):
+            run_trial(made, folder, 0, SETTINGS, worker="one")
+        trial = read_trial(folder, 0)
+        assert (trial.attempts, trial.epochs) == (1, 0)
 
 
 def test_a_trial_that_another_process_trains_is_waited_for(opened, made_up, monkeypatch):
