@@ -31,7 +31,8 @@ SHARED = (
 # What a neuron layer checks, some of it together.
 _NEURON = ("neuron", "threshold", "alpha", "threshold_lower_bound", "threshold_l2", "threshold_gradient_scale")
 _LIF = ("tau", "dt")
-# Tuners draw as many digits as a float has; a recipe with fewer is easier to read, and goes through any protocol.
+# Tuners draw as many digits as a float has. With fewer a recipe is easier to read, and is the same after KerasTuner's
+# protocol, which has floats of 32 bits; a bound with more digits may be passed by half of the last that is kept.
 _DIGITS = 6
 
 
@@ -233,8 +234,14 @@ def check(recipe: Recipe, space: Sequence[Parameter]) -> None:
         if isinstance(parameter, Range):
             _check_number(parameter.name)
         for value in parameter.ends:
+            if isinstance(parameter, Range) and parameter.name == "depth":
+                raise ValueError(f"Networks have certain depths only. Give them: depth={value},VALUE,...")
             if isinstance(parameter, Range) and is_whole(parameter.name) and value != int(value):
                 raise ValueError(f"{parameter.name} is a whole number. Received the bound {value!r}.")
+            if parameter.name == "timesteps" and value < 1:
+                raise ValueError(
+                    f"Trials are networks that spike, with 1 time step or more. Received the bound timesteps={value!r}."
+                )
             apply(recipe, {parameter.name: value})
     together = [parameter for parameter in space if parameter.name in (*_NEURON, *_LIF)]
     for values in itertools.product(*(parameter.ends for parameter in together)):
@@ -248,6 +255,10 @@ def check(recipe: Recipe, space: Sequence[Parameter]) -> None:
 
 def apply(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
     """The recipe with the settings that a tuner drew; numbers are rounded to six digits.
+
+    Args:
+        recipe: The recipe.
+        settings: Values by name, in the recipe's units.
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -284,6 +295,8 @@ def from_fields(fields: Iterable[Mapping[str, Any]]) -> tuple[Parameter, ...]:
 def _kinds(name: str) -> frozenset[Any]:
     """The types that a setting of a recipe may have."""
     kind = typing.get_type_hints(Recipe)[name]
+    if typing.get_origin(kind) is tuple:
+        return frozenset((kind,))
     return frozenset((kind, *typing.get_args(kind)))
 
 

@@ -52,6 +52,14 @@ def test_words_become_a_space(text, expected):
         (["timesteps=1.5:4"], r"timesteps is a whole number\. Received timesteps='1\.5'"),
         (["timesteps=2,2"], r"two or more different values"),
         (["alpha=0.5:1.5"], r"no neuron can have, such as alpha=1\.5\. alpha, .* must be in \[0, 1\]"),
+        (["timesteps=0:8"], r"1 time step or more\. Received the bound timesteps=0"),
+        (["timesteps=0,8"], r"1 time step or more\. Received the bound timesteps=0"),
+        (["widths=4:16"], r"A range is of numbers, and widths is none"),
+        (["dropout=0:2"], r"dropout must be in \[0, 1\)\. Received dropout=2\.0"),
+        (["weight_bits=1,8"], r"from 2 to 16\. Received bits=1"),
+        (["weight_bits=4:40"], r"from 2 to 16\. Received bits=40"),
+        (["depth=18:56"], r"certain depths only\. Give them: depth=18,VALUE"),
+        (["network=small_cnn,vgg"], r"depth of a 'vgg' is one of \(5, 11\)\. Received depth=18"),
         (["learning_rate=-1:1"], r"learning_rate must be above 0"),
         (["epochs=1:9"], r"All trials of a search share epochs"),
         (["seed=1:9"], r"All trials of a search share seed"),
@@ -78,6 +86,12 @@ def test_bounds_are_looked_at_together():
         tuning.parse(LIF, ["dt=0.05:0.2", "tau=0.1:1"])
     tuning.parse(LIF, ["dt=0.05:0.09", "tau=0.1:1"])
     tuning.parse(DIGITS, ["neuron=if,lif", "tau=0.1:1"])
+
+
+def test_values_of_a_network_are_its_own():
+    with pytest.raises(ValueError, match=r"depth of a 'preact_resnet' is one of .*Received depth=19"):
+        tuning.parse(LIF, ["depth=18,19"])
+    assert tuning.parse(LIF, ["depth=18,20"])
 
 
 def test_a_range_is_of_numbers():
