@@ -702,20 +702,33 @@ def test_a_search_is_compared_with_the_papers_defaults(accuracies, lost, benchma
     monkeypatch.setattr(tuning, "tune", searched(tmp_path, accuracies))
     monkeypatch.setattr(training, "fit", lambda *arguments, **named: training.Fitted(0.91, 3, {}, {}, 1.0))
     monkeypatch.setattr(training, "train", train)
-    options = argparse.Namespace(trials=4, workers=2, epochs="3", seeds=2, tuner="random", space=None, set=[])
+    options = argparse.Namespace(trials=4, workers=2, epochs="3", seeds=2, tuner="random", space=None, set=[], cores=2)
     if lost:
         with pytest.raises(SystemExit, match="something was lost: 2 trials"):
             module.search(options, tmp_path / "search", tmp_path)
         return
     fields, table = module.search(options, tmp_path / "search", tmp_path)
-    assert trained == [(2.0, 0.4, 4, 0), (2.0, 0.4, 4, 1), (6.0, 0.5, 8, 0), (6.0, 0.5, 8, 1)]
+    # With other seeds than that of the search.
+    assert trained == [(2.0, 0.4, 4, 1), (2.0, 0.4, 4, 2), (6.0, 0.5, 8, 1), (6.0, 0.5, 8, 2)]
     assert "after 2 of its 3 epochs: it came back and the trial is finished with 3 epochs" in table
     assert "3 trials finished, 0 were stopped, 1 failed." in table
-    assert "| best of the search | V_th = 2, alpha = 0.4, N = 4 | 96.00% | 97.50 ± 0.71 % |" in table
-    assert "| the paper's defaults | V_th = 6, alpha = 0.5, N = 8 | 91.00% | 87.50 ± 0.71 % |" in table
+    assert "| best of the search | V_th = 2, alpha = 0.4, N = 4 | 96.00% | 98.50 ± 0.71 % |" in table
+    assert "| the paper's defaults | V_th = 6, alpha = 0.5, N = 8 | 91.00% | 88.50 ± 0.71 % |" in table
     assert "alpha of the five best trials: 0.40, 0.60, 0.30." in table
+    assert "The best is the maximum of 3 accuracies on the same 144 validation examples, and too high" in table
+    assert "| mean test accuracy behind the defaults', in points | at most 0 | -10.00 | met |" in table
     assert (tmp_path / "search.png").is_file()
     assert json.loads(json.dumps(fields))["killed"] == {"trial": 1, "epochs": 2}
+
+
+def test_a_search_has_verdicts(benchmark):
+    module = benchmark("search")
+    recipe = argparse.Namespace(neuron="if", alpha=0.45)
+    assert [row[-1] for row in module.verdicts(599, [0.9, 0.9], [0.9, 0.9], recipe)] == ["met"] * 3
+    recipe.alpha = 0.7
+    assert [row[-1] for row in module.verdicts(601, [0.9, 0.8], [0.9, 0.9], recipe)] == ["not met"] * 3
+    recipe.neuron = "lif"
+    assert len(module.verdicts(1, [0.9], [0.9], recipe)) == 2
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are found in /proc")
