@@ -180,7 +180,8 @@ def search(
     Args:
         path: The PNG file to write; it appears whole or not at all.
         title: Heading of the picture.
-        settings: For each setting that was varied its value in each trial, and whether its axis is logarithmic.
+        settings: For each setting that was varied its value in each trial, a number or a text, `None` where a trial has
+            none; and whether its axis is logarithmic.
         accuracies: Validation accuracy of each trial; `None` where no epoch came to its end.
         states: Of each trial: "finished", "stopped" or "failed".
         timesteps: Number N of time steps of each trial.
@@ -208,7 +209,7 @@ def search(
         groups = (("finished", _COLORS[0], "o"), ("stopped", _COLORS[-1], "v"), ("failed", _COLORS[4], "x"))
         for state, color, marker in groups:
             chosen = [place for place in only if states[place] == state]
-            y = [bottom if accuracies[place] is None or state == "failed" else accuracies[place] for place in chosen]
+            y = [bottom if accuracies[place] is None else accuracies[place] for place in chosen]
             if chosen:
                 axes.scatter([x[place] for place in chosen], y, s=34, color=color, marker=marker, label=state, zorder=3)
         ring = [place for place in only if ringed and front[place]]

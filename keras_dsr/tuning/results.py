@@ -6,16 +6,20 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from keras_dsr import runs
 from keras_dsr.analysis import figures
 from keras_dsr.recipes import Recipe
 from keras_dsr.tuning.search import Search, Trial, shown
-from keras_dsr.tuning.space import Range
+from keras_dsr.tuning.space import Parameter, Range
 
 
 def best(trials: Sequence[Trial]) -> Trial:
     """The finished trial with the highest validation accuracy; of equal ones, that which fires least.
+
+    Args:
+        trials: Records of a search.
 
     Raises:
         ValueError: if no trial is finished, with why those failed that did.
@@ -32,6 +36,9 @@ def pareto(trials: Sequence[Trial]) -> list[Trial]:
     """The finished trials that none beats: in accuracy, number of time steps and firing rate together.
 
     A trial is beaten by one that is at least as good in all three, and better in one.
+
+    Args:
+        trials: Records of a search.
 
     Returns:
         They, the most accurate first.
@@ -66,7 +73,7 @@ def table(search: Search, trials: Sequence[Trial], title: str = "") -> str:
     Args:
         search: The search.
         trials: Its trials so far.
-        title: Heading; `None` for the recipe's name.
+        title: Heading; empty for one with the recipe's name.
     """
     counts = Counter(trial.state for trial in trials)
     told = ", ".join(
@@ -118,12 +125,13 @@ def draw(path: Path, search: Search, trials: Sequence[Trial], reference: tuple[s
     """
     ended = [trial for trial in trials if trial.ended]
     found = best(trials)
+    front = {trial.number for trial in pareto(trials)}
     figures.search(
         path,
         title=f"{search.recipe.name}: {len(ended)} trials, best validation accuracy {found.validation_accuracy:.1%}",
         settings={
             parameter.name: (
-                [trial.settings.get(parameter.name) for trial in ended],
+                [_drawn(parameter, trial) for trial in ended],
                 isinstance(parameter, Range) and parameter.scale == "log",
             )
             for parameter in search.space
@@ -132,10 +140,20 @@ def draw(path: Path, search: Search, trials: Sequence[Trial], reference: tuple[s
         states=[trial.state for trial in ended],
         timesteps=[trial.timesteps for trial in ended],
         rates=[trial.firing_rate for trial in ended],
-        front=[trial in pareto(trials) for trial in ended],
+        front=[trial.number in front for trial in ended],
         best=ended.index(found),
         reference=reference,
     )
+
+
+def _drawn(parameter: Parameter, trial: Trial) -> Any:
+    """A setting as an axis can have it: a number, a text, or `None` where the trial does not have it."""
+    if parameter.name not in trial.settings:
+        return None
+    value = trial.settings[parameter.name]
+    if isinstance(parameter, Range) or all(type(each) in (int, float) for each in parameter.values):
+        return value
+    return str(value).lower()
 
 
 def line(trial: Trial) -> str:

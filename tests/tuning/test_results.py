@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
+import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from tuning.small import TINY, search
 
 from keras_dsr import tuning
 from keras_dsr.recipes import Recipe
-from keras_dsr.tuning import results
-from keras_dsr.tuning.search import Trial
+from keras_dsr.tuning import Choice, results
+from keras_dsr.tuning.search import Search, Trial, open_folder, write_trial
 
 
 def trial(number, accuracy, timesteps, rate, state="finished", **settings):
@@ -97,6 +100,42 @@ def test_every_kind_of_space_is_drawn(texts, tmp_path):
     ]
     results.draw(tmp_path / "plot.png", search(space=texts), trials, ("defaults", 0.5))
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_every_trial_is_drawn_over_every_setting(tmp_path, monkeypatch):
+    """Settings that are none, and trials that failed after an epoch, too."""
+    points = []
+    scatter = Axes.scatter
+
+    def counted(self, x, y, *arguments, **named):
+        if named.get("marker") in ("o", "v", "x"):
+            points.append((list(np.atleast_1d(x)), list(np.atleast_1d(y))))
+        return scatter(self, x, y, *arguments, **named)
+
+    monkeypatch.setattr(Axes, "scatter", counted)
+    trials = [
+        trial(0, 0.90, 8, 0.10, weight_bits=None),
+        trial(1, 0.95, 4, 0.20, weight_bits=8),
+        trial(2, 0.80, 4, None, state="stopped", weight_bits=None),
+        trial(3, 0.70, 4, None, state="failed", weight_bits=None),
+        trial(4, None, 4, None, state="failed", weight_bits=8),
+    ]
+    results.draw(tmp_path / "plot.png", search(space=("weight_bits=none,8",)), trials)
+    over_bits = points[:3]  # finished, stopped, failed
+    assert [x for x, _ in over_bits] == [["none", "8"], ["none"], ["none", "8"]]
+    assert over_bits[2][1][0] == 0.70
+    assert over_bits[2][1][1] < 0.70
+
+
+def test_settings_of_several_values_stay_what_they_are(tmp_path):
+    space = (Choice("widths", ((4,), (4, 8))),)
+    made = Search(recipe=TINY, space=space, trials=1)
+    open_folder(made, tmp_path)
+    done = trial(0, 0.9, 2, 0.1)
+    write_trial(tmp_path, dataclasses.replace(done, settings={"widths": (4, 8)}))
+    recipe = results.write(made, tmp_path, tuning.read_trials(tmp_path))
+    assert recipe.widths == (4, 8)
+    assert Recipe.from_json((tmp_path / "best.json").read_text()) == recipe
 
 
 def test_a_trial_in_a_line():
