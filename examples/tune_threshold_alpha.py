@@ -18,7 +18,7 @@ SMALL = {"widths": "4,8", "timesteps": "2", "epochs": "3", "train_examples": "32
 
 
 def main() -> None:
-    """Searches, and finishes the run of the best trial."""
+    """Searches, and trains the best recipe in a folder of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="digits")
     parser.add_argument("--epochs", default="10", help="of each trial (default: 10)")

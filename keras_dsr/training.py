@@ -182,14 +182,14 @@ def train(
     """
     if tensorboard:
         _check_tensorboard()
-    augmentation = Augmentation(recipe.augmentation, padding=recipe.padding, cutout=recipe.cutout)
+    Augmentation(recipe.augmentation, padding=recipe.padding, cutout=recipe.cutout)  # refuses what there is not, early
     folder.mkdir(parents=True, exist_ok=True)
     with runs.locked(folder):
         runs.open_folder(recipe, folder)
         if (folder / "summary.json").is_file():
             return runs.summary_of(folder)
         loaded = load(recipe, data_dir=data_dir, download=download)
-        model, state = _run_stages(recipe, folder, loaded, augmentation, tensorboard, verbose)
+        model, state = _run_stages(recipe, folder, loaded, tensorboard, verbose)
         return _finish(recipe, folder, loaded, state, model)
 
 
@@ -239,17 +239,13 @@ def fit(
         FileExistsError: if the folder has files but is not that of a run.
         BlockingIOError: if another process is training in the folder.
     """
-    augmentation = Augmentation(recipe.augmentation, padding=recipe.padding, cutout=recipe.cutout)
+    Augmentation(recipe.augmentation, padding=recipe.padding, cutout=recipe.cutout)  # refuses what there is not, early
     folder.mkdir(parents=True, exist_ok=True)
     with runs.locked(folder):
         runs.open_folder(recipe, folder)
         loaded = load(recipe, data_dir=data_dir) if loaded is None else loaded
-        if not len(loaded.validation):
-            raise ValueError(
-                f"Settings are compared on validation examples, and {recipe.data!r} has none with "
-                f"validation={recipe.validation!r}. Set validation higher."
-            )
-        model, state = _run_stages(recipe, folder, loaded, augmentation, False, verbose, callbacks)
+        require_validation(recipe, loaded)
+        model, state = _run_stages(recipe, folder, loaded, False, verbose, callbacks)
         rows = [row for row in state["rows"] if row["stage"] == _plans(recipe)[-1].name]
         last = rows[-1]["val_accuracy"] if rows else state["calibrated"]
         return Fitted(
@@ -265,7 +261,6 @@ def _run_stages(
     recipe: Recipe,
     folder: Path,
     loaded: DataSet,
-    augmentation: Augmentation,
     tensorboard: bool,
     verbose: int | str,
     callbacks: Sequence[keras.callbacks.Callback] = (),
@@ -284,7 +279,7 @@ def _run_stages(
         weights = None if model is None else _calibrated(model, recipe, plan, loaded)
         model = None  # its memory is for the next stage
         more = callbacks if plan is plans[-1] else ()
-        model = _run_stage(recipe, plan, folder, loaded, augmentation, state, weights, tensorboard, verbose, more)
+        model = _run_stage(recipe, plan, folder, loaded, state, weights, tensorboard, verbose, more)
     return model, state
 
 
@@ -321,6 +316,19 @@ def load(recipe: Recipe, *, data_dir: Path | None = None, download: bool = False
     return loaded if recipe.train_examples is None else loaded.with_training_examples(recipe.train_examples)
 
 
+def require_validation(recipe: Recipe, loaded: DataSet) -> None:
+    """Makes sure that settings of a recipe can be compared.
+
+    Raises:
+        ValueError: if the data set has no validation examples.
+    """
+    if not len(loaded.validation):
+        raise ValueError(
+            f"Settings are compared on validation examples, and {recipe.data!r} has none with "
+            f"validation={recipe.validation!r}. Set validation higher."
+        )
+
+
 def _calibrated(model: keras.Model, recipe: Recipe, plan: _Plan, loaded: DataSet) -> list[np.ndarray]:
     """Weights of a trained representation network, made ready for the stage that follows."""
     size = min(recipe.batch_size, 128)
@@ -329,7 +337,7 @@ def _calibrated(model: keras.Model, recipe: Recipe, plan: _Plan, loaded: DataSet
         models.calibrate_thresholds(model, examples.as_numpy_iterator(), recipe.hybrid_percentile)
     if not plan.timesteps:
         return model.get_weights()
-    with _dtype_policy(recipe.precision):
+    with dtype_policy(recipe.precision):
         spiking = recipe.build(loaded.classes, loaded.input_shape)
     spiking.set_weights(model.get_weights())
     models.calibrate_normalization(spiking, examples.as_numpy_iterator())
@@ -341,7 +349,6 @@ def _run_stage(
     plan: _Plan,
     folder: Path,
     loaded: DataSet,
-    augmentation: Augmentation,
     state: dict[str, Any],
     weights: list[np.ndarray] | None,
     tensorboard: bool,
@@ -355,7 +362,6 @@ def _run_stage(
         plan: The stage.
         folder: The run folder.
         loaded: The data set.
-        augmentation: Random changes to training inputs.
         state: How far the run came; goes on from there, and is changed.
         weights: What the stage before came to, calibrated, if this process ran it.
         tensorboard: Whether to write TensorBoard's logs.
@@ -364,7 +370,7 @@ def _run_stage(
     """
     # Each stage draws its own numbers, whether or not this process ran the one before.
     keras.utils.set_random_seed(recipe.seed + 7919 * plan.number)
-    with _dtype_policy(recipe.precision):
+    with dtype_policy(recipe.precision):
         model = recipe.build(loaded.classes, loaded.input_shape, plan.timesteps, plan.representation_steps)
     steps = loaded.steps(recipe.batch_size)
     # In bfloat16 it is slower with XLA than without.
@@ -391,44 +397,83 @@ def _run_stage(
     if not state["rows"]:
         state["initial_thresholds"] = firing.thresholds(model)
 
-    callbacks: list[keras.callbacks.Callback] = [CheckFinite()]
-    callbacks.append(_Keeper(folder, plan, state, keep_best=last and recipe.selection == "best"))
+    keeper = _Keeper(folder, plan, state, keep_best=last and recipe.selection == "best")
+    callbacks: list[keras.callbacks.Callback] = [keeper]
     if tensorboard:
         callbacks.append(keras.callbacks.TensorBoard(folder / "tensorboard" / plan.name, write_graph=False))
     callbacks.extend(more)
     if done < plan.epochs:
-        batches = loaded.training_batches(
-            recipe.batch_size,
-            seed=recipe.seed + 7919 * plan.number,
-            augmentation=augmentation,
+        fit_epochs(
+            model,
+            recipe,
+            loaded,
             epochs=plan.epochs,
             first_epoch=done,
+            seed=recipe.seed + 7919 * plan.number,
+            callbacks=callbacks,
+            verbose=verbose,
         )
-        try:
-            model.fit(
-                batches,
-                validation_data=loaded.batches(loaded.validation, 128) if len(loaded.validation) else None,
-                steps_per_epoch=steps,
-                epochs=plan.epochs,
-                initial_epoch=done,
-                shuffle=False,  # the batches are, already
-                callbacks=callbacks,
-                verbose=verbose,
-            )
-        except Exception as error:
-            # TensorFlow's own error class, with our message somewhere within.
-            if found := re.search(not_finite("threshold of [^.]*?"), str(error)):
-                raise ValueError(found[0]) from error
-            if found := re.search(r"(?:ImageError|RecordingError): (.+)", str(error)):
-                raise ValueError(found[1]) from error
-            raise
     if last and (folder / "best.npz").is_file():
         checkpoints.restore(folder / "best.npz", model)
     return model
 
 
+def fit_epochs(
+    model: keras.Model,
+    recipe: Recipe,
+    loaded: DataSet,
+    *,
+    epochs: int,
+    first_epoch: int = 0,
+    seed: int,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+    verbose: int | str = "auto",
+) -> keras.callbacks.History:
+    """Trains a compiled network on a recipe's batches, as long as all numbers are finite.
+
+    Args:
+        model: The network.
+        recipe: Batch size and augmentation.
+        loaded: The data set.
+        epochs: Number of the epoch to end with.
+        first_epoch: Number of epochs that came before.
+        seed: Seed of order and augmentation.
+        callbacks: As in `keras.Model.fit`.
+        verbose: As in `keras.Model.fit`.
+
+    Raises:
+        ValueError: if a loss, weight or threshold becomes NaN or infinite on the way, or a file of the data set cannot
+            be decoded.
+    """
+    batches = loaded.training_batches(
+        recipe.batch_size,
+        seed=seed,
+        augmentation=Augmentation(recipe.augmentation, padding=recipe.padding, cutout=recipe.cutout),
+        epochs=epochs,
+        first_epoch=first_epoch,
+    )
+    try:
+        return model.fit(
+            batches,
+            validation_data=loaded.batches(loaded.validation, 128) if len(loaded.validation) else None,
+            steps_per_epoch=loaded.steps(recipe.batch_size),
+            epochs=epochs,
+            initial_epoch=first_epoch,
+            shuffle=False,  # the batches are, already
+            callbacks=[CheckFinite(), *callbacks],
+            verbose=verbose,
+        )
+    except Exception as error:
+        # TensorFlow's own error class, with our message somewhere within.
+        if found := re.search(not_finite("threshold of [^.]*?"), str(error)):
+            raise ValueError(found[0]) from error
+        if found := re.search(r"(?:ImageError|RecordingError): (.+)", str(error)):
+            raise ValueError(found[1]) from error
+        raise
+
+
 @contextlib.contextmanager
-def _dtype_policy(name: str) -> Iterator[None]:
+def dtype_policy(name: str) -> Iterator[None]:
     """What layers made in the block compute in."""
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(name)
@@ -458,7 +503,7 @@ def _accuracy(model: keras.Model, loaded: DataSet, part: Part) -> float | None:
 def _finish(recipe: Recipe, folder: Path, loaded: DataSet, state: dict[str, Any], model: keras.Model) -> Summary:
     if recipe.precision != "float32":
         trained = model
-        with _dtype_policy("float32"):
+        with dtype_policy("float32"):
             model = recipe.build(loaded.classes, loaded.input_shape)
         compile_model(model, recipe, loaded.steps(recipe.batch_size) * recipe.epochs)
         checkpoints.copy(trained, model)
