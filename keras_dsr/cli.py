@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--workers", type=int, default=1, help="processes that train trials (default: 1)")
     tune.add_argument("--tuner", choices=TUNERS, help="who draws settings (default: bayesian)")
     tune.add_argument("--seed", type=int, help="seed of the tuner (default: 0)")
+    tune.add_argument("--download", action="store_true", help="download the data set if it is not there")
     tune.add_argument("--folder", type=Path, help="folder of the search (default: runs/RECIPE-search)")
     tune.add_argument(
         "--address", metavar="HOST:PORT", help="where the chief listens, for workers of other machines (default: none)"
@@ -279,6 +280,11 @@ def _tune(options: argparse.Namespace) -> None:
     if options.join is not None:
         if options.recipe is not None or options.folder is None:
             raise ValueError("--join takes what to train from the folder of the search: pass --folder, and no recipe.")
+        names = ("trials", "space", "set", "epochs", "tuner", "seed", "address", "download")
+        # 0 is a seed that was given.
+        given = [f"--{name}" for name in names if getattr(options, name) or type(getattr(options, name)) is int]
+        if given:
+            raise ValueError(f"--join takes all settings from the folder of the search. Leave out {', '.join(given)}.")
         tuning.join(options.folder, options.join, workers=options.workers, data_dir=options.data_dir)
         return
     if options.recipe is None:
@@ -297,7 +303,14 @@ def _tune(options: argparse.Namespace) -> None:
     if options.trials is not None:
         search = dataclasses.replace(search, trials=options.trials)
     try:
-        tuning.tune(search, folder, workers=options.workers, data_dir=options.data_dir, address=options.address)
+        tuning.tune(
+            search,
+            folder,
+            workers=options.workers,
+            data_dir=options.data_dir,
+            address=options.address,
+            download=options.download,
+        )
     except KeyboardInterrupt:
         print(f"keras-dsr: stopped; go on with: keras-dsr tune --folder {folder}", file=sys.stderr)
         raise

@@ -2,7 +2,8 @@
 
 What KerasTuner 1.4 leaves to its users is done here: its oracles write their files in place, so that a kill can leave
 half a file (here they appear whole or not at all); a trial that was drawn as the process died would never be run; and a
-search ends with an error, and with a lock held, after a few failures in a row (here it goes on).
+search ends with an error, and with a lock held, after a few failures in a row (here it goes on, and what draws settings
+learns of a failed trial as of one with the lowest accuracy so far).
 """
 
 from __future__ import annotations
@@ -20,26 +21,36 @@ import keras_tuner
 from keras_tuner.engine.base_tuner import BaseTuner
 
 from keras_dsr import runs, training
-from keras_dsr.data.augmentation import Augmentation
 from keras_dsr.data.parts import DataSet
 from keras_dsr.recipes import Recipe
 from keras_dsr.tuning import space as spaces
-from keras_dsr.tuning.search import Search
+from keras_dsr.tuning.search import HYPERBAND_FACTOR, OURS, Search, heard_of, read_trials, split_address
 from keras_dsr.tuning.space import Choice, Parameter
 from keras_dsr.tuning.trials import run_trial
 
 OBJECTIVE = "val_accuracy"
+# States of trials whose accuracies are those of trained networks.
+LEARNT_FROM = ("finished", "stopped")
 
 
 def declare(hp: keras_tuner.HyperParameters, space: Sequence[Parameter]) -> dict[str, Any]:
-    """Makes a search space known to KerasTuner, and gives the values that it has at the moment."""
+    """Makes a search space known to KerasTuner, and gives the values that it has at the moment.
+
+    Args:
+        hp: KerasTuner's hyperparameters, which get those of the space that they do not have yet.
+        space: What is varied.
+
+    Returns:
+        The recipe's settings by name, in its own units, as `keras_dsr.tuning.space.apply` takes them.
+    """
     values = {}
     for parameter in space:
         if isinstance(parameter, Choice):
             values[parameter.name] = parameter.of(hp.Choice(parameter.name, parameter.labels))
         elif spaces.is_whole(parameter.name):
             low, high = int(parameter.low), int(parameter.high)
-            values[parameter.name] = hp.Int(parameter.name, low, high, sampling=parameter.scale)
+            # On a logarithmic scale KerasTuner gives high + 1 for the very end of its unit interval.
+            values[parameter.name] = min(hp.Int(parameter.name, low, high, sampling=parameter.scale), high)
         else:
             values[parameter.name] = hp.Float(parameter.name, parameter.low, parameter.high, sampling=parameter.scale)
     return values
@@ -48,8 +59,9 @@ def declare(hp: keras_tuner.HyperParameters, space: Sequence[Parameter]) -> dict
 class DSRHyperModel(keras_tuner.HyperModel):
     """A recipe with some of its settings left open, for KerasTuner's own tuners.
 
-    Training examples, batches, augmentation, optimizer and schedule are the recipe's; validation examples are those
-    that it sets aside. The test part is not touched.
+    Training examples, batches, augmentation, precision, optimizer and schedule are the recipe's; validation examples
+    are those that it sets aside. The test part is not touched. Which epoch counts is KerasTuner's affair: the best,
+    whatever the recipe's `selection`.
 
     Args:
         recipe: The recipe; one stage of training, so without `hybrid_epochs`.
@@ -95,27 +107,32 @@ class DSRHyperModel(keras_tuner.HyperModel):
         spaces.check(recipe, self.space)
         self.data_dir = data_dir
         self._loaded = self._load(recipe)
-        if not len(self._loaded.validation):
-            raise ValueError(
-                f"Settings are compared on validation examples, and {recipe.data!r} has none with "
-                f"validation={recipe.validation!r}. Set validation higher."
-            )
+        training.require_validation(recipe, self._loaded)
 
     def _load(self, recipe: Recipe) -> DataSet:
         return training.load(recipe, data_dir=self.data_dir)
 
     def recipe_of(self, hp: keras_tuner.HyperParameters) -> Recipe:
-        """The recipe with the values of these hyperparameters."""
+        """The recipe with the values of these hyperparameters.
+
+        Raises:
+            ValueError: if they are those of no recipe.
+        """
         return spaces.apply(self.recipe, declare(hp, self.space))
 
     def build(self, hp: keras_tuner.HyperParameters) -> keras.Model:
-        """The compiled network with the values of these hyperparameters."""
+        """The compiled network with the values of these hyperparameters, in the recipe's precision.
+
+        Raises:
+            ValueError: if there is no such network.
+        """
         recipe = self.recipe_of(hp)
         keras.utils.set_random_seed(recipe.seed)
         shape = self._loaded.input_shape
         if len(shape) == 4:  # event frames, time first
             shape = (recipe.timesteps, *shape[1:])
-        model = recipe.build(self._loaded.classes, shape)
+        with training.dtype_policy(recipe.precision):
+            model = recipe.build(self._loaded.classes, shape)
         training.compile_model(model, recipe, self._loaded.steps(recipe.batch_size) * recipe.epochs)
         model.optimizer.build(model.trainable_variables)  # where weights are loaded next, its own are too
         return model
@@ -140,30 +157,32 @@ class DSRHyperModel(keras_tuner.HyperModel):
             initial_epoch: Number of epochs that its weights were trained before.
             callbacks: As in `keras.Model.fit`.
             verbose: As in `keras.Model.fit`.
+
+        Returns:
+            The history.
+
+        Raises:
+            keras_tuner.errors.FailedTrialError: if a loss, weight or threshold becomes NaN or infinite; KerasTuner
+                records the trial as failed.
         """
         recipe = self.recipe_of(hp)
         loaded = self._loaded
         if recipe.timesteps != self.recipe.timesteps and len(loaded.input_shape) == 4:
             loaded = self._load(recipe)
-        steps = loaded.steps(recipe.batch_size)
-        model.optimizer.iterations.assign(initial_epoch * steps)
-        epochs = recipe.epochs if epochs is None else epochs
-        return model.fit(
-            loaded.training_batches(
-                recipe.batch_size,
-                seed=recipe.seed,
-                augmentation=Augmentation(recipe.augmentation, padding=recipe.padding, cutout=recipe.cutout),
-                epochs=epochs,
+        model.optimizer.iterations.assign(initial_epoch * loaded.steps(recipe.batch_size))
+        try:
+            return training.fit_epochs(
+                model,
+                recipe,
+                loaded,
+                epochs=recipe.epochs if epochs is None else epochs,
                 first_epoch=initial_epoch,
-            ),
-            validation_data=loaded.batches(loaded.validation, 128),
-            steps_per_epoch=steps,
-            epochs=epochs,
-            initial_epoch=initial_epoch,
-            shuffle=False,
-            callbacks=list(callbacks),
-            verbose=verbose,
-        )
+                seed=recipe.seed,
+                callbacks=callbacks,
+                verbose=verbose,
+            )
+        except ValueError as error:  # which KerasTuner would train once more
+            raise keras_tuner.errors.FailedTrialError(str(error)) from error
 
 
 class _Durable(keras_tuner.Oracle):
@@ -177,9 +196,19 @@ class _Durable(keras_tuner.Oracle):
 
     def reload(self) -> None:
         super().reload()
-        for name, trial in self.trials.items():
-            if trial.status == "RUNNING" and name not in self._retry_queue:
-                self._retry_queue.append(name)
+        # KerasTuner hands on all trials that were being trained. Workers of this machine begin anew with the chief, and
+        # may be fewer than before; those of others keep what they are at, unless they have been silent.
+        folder = Path(self._directory)
+        given_out = json.loads(Path(self._get_oracle_fname()).read_text())["ongoing_trials"]
+        running = [name for name, trial in self.trials.items() if trial.status == "RUNNING"]
+        self.ongoing_trials = {
+            worker: self.trials[name]
+            for worker, name in given_out.items()
+            if name in running and not OURS.fullmatch(worker) and heard_of(folder, worker)
+        }
+        kept = {trial.trial_id for trial in self.ongoing_trials.values()}
+        waiting = dict.fromkeys((*self._retry_queue, *running))  # some were drawn, but not given out, as the chief died
+        self._retry_queue = [name for name in waiting if name not in kept]
 
 
 class _Random(_Durable, keras_tuner.oracles.RandomSearchOracle):
@@ -187,15 +216,50 @@ class _Random(_Durable, keras_tuner.oracles.RandomSearchOracle):
 
 
 class _Bayesian(_Durable, keras_tuner.oracles.BayesianOptimizationOracle):
-    pass
+    """Draws at random where the Gaussian process draws what there was already, of which it would learn nothing."""
+
+    def populate_space(self, trial_id: str) -> dict[str, Any]:
+        drawn = super().populate_space(trial_id)
+        if drawn["values"] is not None and self._duplicate(drawn["values"]):
+            return self._random_populate_space()
+        return drawn
 
 
 class _Hyperband(_Durable, keras_tuner.oracles.HyperbandOracle):
-    pass
+    """Begins no bracket with the trials that those begun before need to come to their end."""
+
+    def populate_space(self, trial_id: str) -> dict[str, Any]:
+        before = self._current_bracket, self._current_iteration, list(self._brackets), self._seed_state
+        drawn = super().populate_space(trial_id)
+        begun = (self._current_bracket, self._current_iteration) != before[:2]
+        if begun and self.ongoing_trials and self.max_trials - len(self.trials) <= self._missing(self._brackets[:-1]):
+            self._current_bracket, self._current_iteration, self._brackets, self._seed_state = before
+            return {"status": "IDLE"}
+        return drawn
+
+    def _missing(self, brackets: list[dict[str, Any]]) -> int:
+        """How many trials are yet to be begun in these brackets."""
+        return sum(
+            self._get_size(bracket["bracket_num"], place) - len(each)
+            for bracket in brackets
+            for place, each in enumerate(bracket["rounds"])
+        )
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        own = self.hyperband_iterations
+        super().set_state(state)
+        self.hyperband_iterations = own  # a search may go on with more trials
 
 
 def oracle(search: Search) -> keras_tuner.Oracle:
-    """The oracle of a search: what draws the settings of its trials."""
+    """The oracle of a search: what draws the settings of its trials.
+
+    Args:
+        search: The search, with a tuner of KerasTuner.
+
+    References: Snoek et al., "Practical Bayesian Optimization of Machine Learning Algorithms", NeurIPS 2012, for
+    "bayesian"; Li et al., "Hyperband", JMLR 2018, for "hyperband". Their factors are KerasTuner's defaults.
+    """
     hp = keras_tuner.HyperParameters()
     declare(hp, search.space)
     common = {
@@ -207,7 +271,12 @@ def oracle(search: Search) -> keras_tuner.Oracle:
     }
     if search.tuner == "hyperband":
         # As many of its rounds as the trials are enough for.
-        made = _Hyperband(max_epochs=search.recipe.epochs, hyperband_iterations=search.trials, **common)
+        made = _Hyperband(
+            max_epochs=search.recipe.epochs,
+            factor=HYPERBAND_FACTOR,
+            hyperband_iterations=search.trials,
+            **common,
+        )
         made.max_trials = search.trials
         return made
     kind = {"random": _Random, "bayesian": _Bayesian}[search.tuner]
@@ -256,9 +325,12 @@ class _SearchTuner(BaseTuner):
             )
         except (OSError, ImportError) as error:
             raise keras_tuner.errors.FatalError(f"{type(error).__name__}: {error}") from error
+        accuracy = done.validation_accuracy
         if done.state == "failed":
-            raise keras_tuner.errors.FailedTrialError(done.message)
-        return {OBJECTIVE: done.validation_accuracy}
+            # KerasTuner leaves failed trials out of what it learns from, and would draw their neighbours next.
+            known = [each.validation_accuracy for each in read_trials(self._folder) if each.state in LEARNT_FROM]
+            accuracy = min((each for each in known if each is not None), default=0.0)
+        return {OBJECTIVE: accuracy}
 
 
 def serve(search: Search, folder: Path, worker: str, address: str, data_dir: Path | None = None) -> None:
@@ -277,9 +349,9 @@ def serve(search: Search, folder: Path, worker: str, address: str, data_dir: Pat
     """
     if worker != "chief" and "chief" in worker:
         raise ValueError(f"KerasTuner takes for the chief whoever has chief in its name. Received {worker!r}.")
-    host, _, port = address.rpartition(":")
     if worker == "chief":
-        check_free(host, int(port))
+        check_free(*split_address(address))
+    host, _, port = address.rpartition(":")  # of an IPv6 address with its brackets
     # KerasTuner's own way to say so.
     os.environ |= {"KERASTUNER_TUNER_ID": worker, "KERASTUNER_ORACLE_IP": host, "KERASTUNER_ORACLE_PORT": port}
     try:
@@ -290,6 +362,10 @@ def serve(search: Search, folder: Path, worker: str, address: str, data_dir: Pat
 
 def check_free(host: str, port: int) -> None:
     """Makes sure that nobody listens at a port; gRPC would share it without a word.
+
+    Args:
+        host: Name or address of this machine, of an IPv6 address without brackets.
+        port: The port.
 
     Raises:
         OSError: if somebody does, or the host is not of this machine.

@@ -62,11 +62,11 @@ def _tell(study: Any, number: int, done: Trial) -> None:
         study.tell(number, state=states[done.state])
 
 
-def _settle(study: Any, folder: Path, worker: str) -> None:
-    """Tells the study of the trial that a worker recorded last, if it died in between."""
+def _settle(study: Any, folder: Path, worker: str | None) -> None:
+    """Tells the study of the trial that a worker, or with `None` any, recorded last, if it died in between."""
     for known in _running(study):
         trial = read_trial(folder, known.user_attrs.get(_NUMBER, -1))
-        if trial is not None and trial.worker == worker and trial.ended:
+        if trial is not None and worker in (None, trial.worker) and trial.ended:
             _tell(study, known.number, trial)
 
 
@@ -77,7 +77,11 @@ def _running(study: Any) -> list[Any]:
 
 
 def mend(folder: Path) -> None:
-    """Takes away what processes that were killed as they wrote left in the journal: no worker may be at work."""
+    """Brings the journal in order after processes that were killed: no worker may be at work.
+
+    What was half written is taken away, and the study told of trials that ended, whoever trained them: their workers
+    may not come back.
+    """
     journal = _journal(folder)
     for lock in journal.parent.glob(f"{journal.name}.lock*"):
         lock.unlink()
@@ -87,6 +91,12 @@ def mend(folder: Path) -> None:
         if whole != text:
             with journal.open("r+b") as file:
                 file.truncate(len(whole))
+        if whole:
+            import optuna
+
+            storage = _storage(folder)
+            if any(each.study_name == _STUDY for each in storage.get_all_studies()):
+                _settle(optuna.load_study(study_name=_STUDY, storage=storage), folder, None)
 
 
 def _journal(folder: Path) -> Path:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
+import json
 import os
 import platform
 import re
@@ -18,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +31,19 @@ from keras_dsr.tuning import optuna_study, results
 from keras_dsr.tuning.search import (
     KERAS_TUNERS,
     MOST_ATTEMPTS,
+    OURS,
+    SILENT,
     Search,
     Trial,
+    beat_of,
+    check_environment,
+    heard_of,
     open_folder,
+    read_trial,
     read_trials,
     run_folder,
     search_of,
+    split_address,
     write_trial,
 )
 
@@ -45,8 +54,11 @@ FAULT = 69
 _MOST_DEATHS = 3 * MOST_ATTEMPTS
 # Seconds.
 _LOOK_EVERY = 0.5
-# Names of the workers that `tune` starts.
-_OURS = re.compile(r"worker\d+")
+# How often a process shows that it lives; how long a worker puts up with a chief that does not answer; and how long one
+# that is joined may take to start, of which the imports are tens of seconds.
+_BEAT_EVERY = 10
+_CHIEF_AWAY = 600
+_CHIEF_STARTS = 120
 
 
 def tune(
@@ -56,6 +68,7 @@ def tune(
     workers: int = 1,
     data_dir: Path | None = None,
     address: str | None = None,
+    download: bool = False,
     told: Callable[[str], None] = print,
 ) -> Recipe:
     """Runs a search with processes of this machine, and writes what it found to its folder.
@@ -70,13 +83,15 @@ def tune(
         data_dir: Where the data set is, see `keras_dsr.data.load`.
         address: HOST:PORT of this machine at which KerasTuner's chief listens, for workers of other machines (`join`);
             `None` for a port that only this machine reaches.
+        download: Whether to download the data set if it is not there.
         told: Gets a line for each trial that ends and each process that dies.
 
     Returns:
         The best trial's recipe, which is in `best.json` too.
 
     Raises:
-        ValueError: if no trial trained to its end, or the folder is that of another search.
+        ValueError: if no trial trained to its end, or the folder is that of another search, or of one that was begun
+            with other versions of packages or another backend.
         FileExistsError: if the folder has files but is not that of a search.
         FileNotFoundError: if the data set is not there.
         BlockingIOError: if the search is run in this folder already.
@@ -91,20 +106,26 @@ def tune(
                 f"Only KerasTuner has a chief that workers of other machines reach. Received address={address!r} with "
                 f"tuner={search.tuner!r}; choose one of {KERAS_TUNERS}."
             )
-        _check_address(address)
-    if not len(training.load(search.recipe, data_dir=data_dir).validation):
-        raise ValueError(
-            f"Trials are compared on validation examples, and {search.recipe.data!r} has none with "
-            f"validation={search.recipe.validation!r}. Set validation higher."
-        )
+        split_address(address)
+    training.require_validation(search.recipe, training.load(search.recipe, data_dir=data_dir, download=download))
     folder.mkdir(parents=True, exist_ok=True)
     with runs.locked(folder):
+        if address is not None:
+            from keras_dsr.tuning import kerastuner
+
+            kerastuner.check_free(*split_address(address))
         open_folder(search, folder)
         names = [f"worker{number}" for number in range(workers)]
         _take_up(folder, names)
         if sum(trial.ended for trial in read_trials(folder)) < search.trials:
+            # They tell who joins that the search is over.
+            for path in folder.glob("results.*"):
+                path.unlink()
             _supervise(folder, names, data_dir, search.tuner in KERAS_TUNERS, address, told)
-        return results.write(search, folder, read_trials(folder))
+        trials = read_trials(folder)
+        if len(trials) < search.trials:
+            told(f"{len(trials)} of {search.trials} trials: the space has hardly any point left that was not tried")
+        return results.write(search, folder, trials)
 
 
 def join(
@@ -126,28 +147,46 @@ def join(
 
     Raises:
         FileNotFoundError: if it is not the folder of a search.
-        ValueError: if the search has no chief.
-        OSError: if processes die again and again.
+        ValueError: if the search has no chief, or was begun with other versions than are installed here.
+        OSError: if no chief answers at the address, processes die again and again, or one meets what all trials would.
         ImportError: if the tuner is not installed.
     """
     search = search_of(folder)
     _check(search, workers)
-    _check_address(address)
+    check_environment(search, folder)
+    split_address(address)
     if search.tuner not in KERAS_TUNERS:
         raise ValueError(f"The search in {folder} has no chief to join: its tuner is {search.tuner!r}.")
-    machine = platform.node().replace("chief", "machine")  # KerasTuner goes by that word
-    names = [f"{machine}-{os.getpid()}-worker{number}" for number in range(workers)]
 
     def over() -> bool:
         # A chief that has ended tells nobody; results are written after it.
         return (folder / "results.md").is_file() and all(trial.ended for trial in read_trials(folder))
 
-    _supervise(folder, names, data_dir, False, address, told, over)
+    if over():
+        return
+    with _names(folder, workers) as names:
+        _wait_for_chief(address)
+        _supervise(folder, names, data_dir, False, address, told, over)
 
 
 def serve(folder: Path, worker: str, address: str | None, data_dir: Path | None) -> None:
-    """Is one process of a search: what `python -m keras_dsr.tuning FOLDER --worker NAME` runs."""
+    """Is one process of a search: what `python -m keras_dsr.tuning FOLDER --worker NAME` runs.
+
+    Args:
+        folder: The folder of the search.
+        worker: "chief", or the name of the worker; one that died is to come back under the same.
+        address: HOST:PORT at which the chief listens; `None` for Optuna, which has none.
+        data_dir: Where the data set is, see `keras_dsr.data.load`.
+
+    Raises:
+        FileNotFoundError: if it is not the folder of a search.
+        ValueError: if the address is missing, or versions are others than those that the search was begun with.
+        OSError: in the chief, if the port is taken; in a worker, if files cannot be read or written.
+        ImportError: if a package is not installed.
+    """
     search = search_of(folder)
+    check_environment(search, folder)
+    _beat(folder, worker, None if worker == "chief" else address)
     if search.tuner not in KERAS_TUNERS:
         optuna_study.work(search, folder, worker, data_dir)
         return
@@ -172,6 +211,9 @@ def end_with(descriptor: int) -> None:
 def require(tuner: str) -> None:
     """Makes sure that a tuner is installed.
 
+    Args:
+        tuner: One of `keras_dsr.tuning.search.TUNERS`.
+
     Raises:
         ImportError: if it is not.
     """
@@ -195,14 +237,86 @@ def _check(search: Search, workers: int) -> None:
     require(search.tuner)
 
 
-def _check_address(address: str) -> None:
-    host, colon, port = address.rpartition(":")
-    if not (host and colon and port.isdecimal() and 0 < int(port) < 2**16):
-        raise ValueError(f"An address is HOST:PORT, such as 192.168.0.7:8700. Received {address!r}.")
+def _reached(address: str) -> bool:
+    """Whether somebody listens at an address."""
+    try:
+        socket.create_connection(split_address(address), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def _wait_for_chief(address: str) -> None:
+    deadline = time.monotonic() + _CHIEF_STARTS
+    while not _reached(address):
+        if time.monotonic() > deadline:
+            raise OSError(
+                f"No chief of a search answers at {address} within {_CHIEF_STARTS} s. Start it there with "
+                "keras-dsr tune --address, on an address that this machine reaches; no firewall may be in between."
+            )
+        time.sleep(_LOOK_EVERY)
+
+
+@contextlib.contextmanager
+def _names(folder: Path, count: int) -> Iterator[list[str]]:
+    """Names for this machine's workers: the same when it joins again, and nobody else's meanwhile."""
+    machine = re.sub(r"[^\w.-]", "-", platform.node()).replace("chief", "machine")  # KerasTuner goes by that word
+    names: list[str] = []
+    with contextlib.ExitStack() as held:
+        for number in itertools.count():
+            name = f"{machine}-worker{number}"
+            place = folder / "logs" / f"{name}.lock"
+            place.touch()
+            try:
+                held.enter_context(runs.locked(place))
+            except BlockingIOError:
+                continue
+            names.append(name)
+            if len(names) == count:
+                break
+        yield names
+
+
+def _beat(folder: Path, worker: str, address: str | None) -> None:
+    """Shows as long as this process lives that it does, and ends it once its chief has been away for long.
+
+    KerasTuner's workers wait an hour for a chief, and then for another.
+    """
+    path = beat_of(folder, worker)
+    path.touch()
+
+    def go_on() -> None:
+        answered = time.monotonic()
+        while True:
+            time.sleep(_BEAT_EVERY)
+            with contextlib.suppress(OSError):
+                path.touch()
+            if address is None or _reached(address):
+                answered = time.monotonic()
+            elif time.monotonic() - answered > _CHIEF_AWAY:
+                print(f"{worker}: no chief has answered at {address} for {_CHIEF_AWAY} s", file=sys.stderr, flush=True)
+                os._exit(FAULT)
+
+    threading.Thread(target=go_on, daemon=True).start()
+
+
+def _given_out(folder: Path) -> dict[str, Trial]:
+    """The workers that KerasTuner's chief waits for, by their names, and their trials, maybe without a record yet."""
+    path = folder / "engine" / "oracle.json"
+    if not path.is_file():
+        return {}
+    found = {}
+    for worker, name in json.loads(path.read_text())["ongoing_trials"].items():
+        trial = read_trial(folder, int(name)) or Trial(number=int(name), settings={}, worker=worker)
+        if not trial.ended:
+            found[worker] = trial
+    return found
 
 
 def _take_up(folder: Path, names: list[str]) -> None:
     """Makes the trials that were being trained as a search was stopped ready to go on with these workers."""
+    for path in (folder / "trials").glob(".*-claim"):  # of a process that was killed as it took a trial
+        path.unlink()
     optuna_study.mend(folder)
     for place, trial in enumerate(_left(folder)):
         write_trial(folder, dataclasses.replace(trial, worker=names[place % len(names)]))
@@ -217,7 +331,7 @@ def _forgive(folder: Path) -> None:
 
 def _left(folder: Path) -> list[Trial]:
     """Unfinished trials of this machine's workers; others may be at theirs."""
-    return [trial for trial in read_trials(folder) if not trial.ended and _OURS.fullmatch(trial.worker)]
+    return [trial for trial in read_trials(folder) if not trial.ended and OURS.fullmatch(trial.worker)]
 
 
 class _Process:
@@ -247,8 +361,8 @@ class _Process:
         # The package that runs here, wherever that is from.
         paths = [str(Path(keras_dsr.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-        # gRPC asks proxies even for this machine.
-        local = "localhost,127.0.0.1"
+        # gRPC asks proxies even for this machine, and the chief is on one's own network.
+        local = "localhost,127.0.0.1" if address is None else f"localhost,127.0.0.1,{split_address(address)[0]}"
         environment["no_proxy"] = f"{os.environ['no_proxy']},{local}" if os.environ.get("no_proxy") else local
         with self.log.open("ab") as log:
             self._running = subprocess.Popen(
@@ -308,9 +422,9 @@ def _supervise(
     chief = _Process("chief", folder, data_dir, None) if with_chief else None
     seen = {trial.number for trial in read_trials(folder) if trial.ended}
 
-    def awaited() -> bool:
+    def awaited() -> dict[str, Trial]:
         # Workers of other machines may have trials to end when those of this one have none left.
-        return chief is not None and address is not None and any(not trial.ended for trial in read_trials(folder))
+        return {} if chief is None or address is None else _given_out(folder)
 
     try:
         while True:
@@ -325,6 +439,9 @@ def _supervise(
                 _tell(folder, seen, told)
                 if over is not None and over():
                     return
+                if not working and (gone := [name for name in awaited() if not heard_of(folder, name)]):
+                    told(f"{', '.join(gone)} silent for {SILENT} s: what was being trained there is taken back")
+                    break
                 for worker in list(working):
                     if worker.status() is None:
                         continue
@@ -338,9 +455,10 @@ def _supervise(
                     worker.start(there)
             _tell(folder, seen, told)
             # A chief ends when all trials have, maybe ahead of a worker that had just come back.
-            if not working or chief.status() == 0:
+            if chief is None or chief.status() == 0 or not (working or awaited()):
                 return
-            told(f"{chief.died()}; all processes are started again")
+            if chief.status() is not None:
+                told(f"{chief.died()}; all processes are started again")
             for each in (chief, *workers):
                 each.stop()
             _forgive(folder)

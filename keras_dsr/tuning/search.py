@@ -8,13 +8,19 @@ and, at the end, `results.md`, `results.json`, `results.png` and `best.json`. Ea
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
+import math
 import os
+import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import keras
+
+import keras_dsr
 from keras_dsr import runs
 from keras_dsr.recipes import Recipe
 from keras_dsr.tuning import space as spaces
@@ -22,6 +28,12 @@ from keras_dsr.tuning.space import Parameter
 
 KERAS_TUNERS = ("random", "bayesian", "hyperband")
 TUNERS = (*KERAS_TUNERS, "optuna")
+# What a round of Hyperband leaves of its trials: one in three, as in its paper and as KerasTuner's default.
+HYPERBAND_FACTOR = 3
+# Names of the workers that `keras-dsr tune` starts itself; other machines' are named after them.
+OURS = re.compile(r"worker\d+")
+# Seconds after which a worker that shows no life is taken for gone; each shows it every ten.
+SILENT = 180
 ENDED = ("finished", "stopped", "failed")
 # A trial at which the process died so often in a row, say for want of memory, is recorded as failed.
 MOST_ATTEMPTS = 3
@@ -41,7 +53,8 @@ class Search:
         seed: Seed of the tuner. The trials' networks have the recipe's.
 
     Raises:
-        ValueError: if the tuner is unknown, there is no trial, or the space does not pass `keras_dsr.tuning.check`.
+        ValueError: if the tuner is unknown, there is no trial, or too few for Hyperband to train one to its end, or
+            the space does not pass `keras_dsr.tuning.check`.
     """
 
     recipe: Recipe
@@ -61,6 +74,11 @@ class Search:
             raise ValueError(
                 f"Hyperband compares trials after a few of their epochs. Received epochs={self.recipe.epochs!r}; set "
                 "more, or choose another tuner."
+            )
+        if self.tuner == "hyperband" and self.trials < (least := hyperband_trials(self.recipe.epochs)):
+            raise ValueError(
+                f"Hyperband with epochs={self.recipe.epochs!r} trains none of fewer than {least} trials to its end. "
+                f"Received trials={self.trials!r}; set trials to {least} or more, lower epochs, or another tuner."
             )
         spaces.check(self.recipe, self.space)
 
@@ -87,6 +105,25 @@ class Search:
         return cls(recipe=recipe, space=spaces.from_fields(fields.pop("space")), **fields)
 
 
+def hyperband_trials(epochs: int) -> int:
+    """How many trials a search with Hyperband needs at least, so that one is trained to its end.
+
+    Its first bracket is the one that stops most: a trial of all epochs comes after all of its shorter rounds.
+
+    Args:
+        epochs: Epochs of a full trial, 2 or more.
+
+    Reference: Li et al., "Hyperband: A Novel Bandit-Based Approach to Hyperparameter Optimization", JMLR 2018,
+    Algorithm 1, with the sizes of rounds that KerasTuner gives them.
+    """
+    factor = HYPERBAND_FACTOR
+    rounds = 0
+    while factor**rounds <= epochs:
+        rounds += 1
+    last = math.ceil(1 + math.log(epochs, factor)) / rounds
+    return sum(math.ceil(last * factor**place) for place in range(1, rounds)) + 1
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trial:
     """What is known of a trial.
@@ -105,7 +142,7 @@ class Trial:
             finished trials.
         timesteps: Number N of time steps.
         thresholds: V_th of each neuron layer, of finished trials.
-        seconds: Wall time of the epochs.
+        seconds: Wall time of the epochs, of all stages.
         message: Why it failed.
     """
 
@@ -159,7 +196,45 @@ def open_folder(search: Search, folder: Path) -> None:
         raise FileExistsError(f"{folder} has files in it but is not the folder of a search. Name another folder.")
     for name in ("trials", "engine", "logs"):
         (folder / name).mkdir(exist_ok=True)
+    check_environment(search, folder)
     runs.write(folder / "search.json", search.to_json())
+
+
+def check_environment(search: Search, folder: Path) -> None:
+    """Writes down where a search is begun; later, and on other machines, makes sure that versions are the same.
+
+    Raises:
+        ValueError: if keras_dsr, Keras, the tuner or the backend is another: trials could not be compared, or the
+            tuner's files not be read.
+    """
+    tuner = "keras-tuner" if search.tuner in KERAS_TUNERS else "optuna"
+    try:
+        installed = importlib.metadata.version(tuner)
+    except importlib.metadata.PackageNotFoundError:
+        installed = None
+    path = folder / "environment.json"
+    if not path.is_file():
+        begun = runs.environment()
+        runs.write(path, runs.json_text({**begun, "versions": {**begun["versions"], tuner: installed}}))
+        return
+    before = json.loads(path.read_text())
+    expected = {**before["versions"], "backend": before["backend"]}
+    own = {
+        "keras_dsr": keras_dsr.__version__,
+        "keras": keras.__version__,
+        tuner: installed,
+        "backend": keras.backend.backend(),
+    }
+    differ = [
+        f"{name} {expected.get(name)} and received {value}"
+        for name, value in own.items()
+        if value != expected.get(name)
+    ]
+    if differ:
+        raise ValueError(
+            f"All processes of a search have the same versions. {folder} was begun with {', '.join(differ)}. Install "
+            "those here (KERAS_BACKEND sets the backend), or begin another search in a new folder."
+        )
 
 
 def search_of(folder: Path) -> Search:
@@ -177,6 +252,36 @@ def search_of(folder: Path) -> Search:
     return Search.from_json(path.read_text())
 
 
+def beat_of(folder: Path, worker: str) -> Path:
+    """The file by which a process of a search shows that it lives: it is touched every few seconds."""
+    return folder / "logs" / f"{worker}.beat"
+
+
+def heard_of(folder: Path, worker: str) -> bool:
+    """Whether a process of a search, maybe on another machine, showed life within the last `SILENT` seconds."""
+    try:
+        last = beat_of(folder, worker).stat().st_mtime
+    except FileNotFoundError:
+        return False
+    # By the clock that stamps the files of this disk, which may be another machine's.
+    now = folder / "logs" / "now"
+    now.touch()
+    return now.stat().st_mtime - last < SILENT
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of HOST:PORT; a host that is an IPv6 address has brackets there, and none in what is returned.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    host, colon, port = address.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    if not (bare and colon and port.isdecimal() and 0 < int(port) < 2**16) or (":" in bare) != (host != bare):
+        raise ValueError(f"An address is HOST:PORT, such as 192.168.0.7:8700 or [fd00::7]:8700. Received {address!r}.")
+    return bare, int(port)
+
+
 def run_folder(folder: Path, number: int) -> Path:
     """The run folder of a trial."""
     return folder / "trials" / f"{number:04d}"
@@ -188,7 +293,9 @@ def read_trial(folder: Path, number: int) -> Trial | None:
         fields = json.loads(_record(folder, number).read_text())
     except FileNotFoundError:
         return None
-    return Trial(**fields)
+    # Settings such as widths are tuples, and lists in JSON.
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in fields["settings"].items()}
+    return Trial(**{**fields, "settings": settings})
 
 
 def read_trials(folder: Path) -> list[Trial]:
@@ -216,7 +323,7 @@ def claim_trial(folder: Path, worker: str, trials: int) -> Trial | None:
             continue
         trial = Trial(number=number, settings={}, worker=worker)
         beside = folder / "trials" / f".{secrets.token_hex(8)}-claim"
-        beside.write_text(runs.json_text(dataclasses.asdict(trial)))
+        runs.write(beside, runs.json_text(dataclasses.asdict(trial)))  # on the disk ahead of its name
         try:
             os.link(beside, _record(folder, number))  # unlike a renaming, it fails where another was faster
         except FileExistsError:

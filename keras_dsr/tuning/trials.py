@@ -16,7 +16,7 @@ from typing import Any
 
 import keras
 
-from keras_dsr import checkpoints, training
+from keras_dsr import checkpoints, data, training
 from keras_dsr.data.parts import DataSet
 from keras_dsr.files import workspace
 from keras_dsr.recipes import Recipe
@@ -89,7 +89,8 @@ def run_trial(
             return before
         try:
             recipe = search.trial_recipe(settings)
-            if parent is not None and not path.exists():
+            # A parent that failed may have left nothing.
+            if parent is not None and not path.exists() and run_folder(folder, parent).exists():
                 _copy(run_folder(folder, parent), path)
             rows = _rows(path)
             attempts = earlier.attempts + 1 if earlier is not None and earlier.kept == len(rows) else 1
@@ -161,7 +162,8 @@ def _told(error: Exception) -> str:
 
 def _so_far(trial: Trial, recipe: Recipe, path: Path, state: str) -> Trial:
     """What a trial's checkpoint says of it."""
-    rows = _of_last_stage(_rows(path), recipe)
+    every = _rows(path)
+    rows = _of_last_stage(every, recipe)
     accuracies = [row["val_accuracy"] for row in rows]
     chosen = None
     if accuracies:
@@ -171,7 +173,7 @@ def _so_far(trial: Trial, recipe: Recipe, path: Path, state: str) -> Trial:
         state=state,
         epochs=len(rows),
         validation_accuracy=chosen,
-        seconds=sum(row["seconds"] for row in rows),
+        seconds=sum(row["seconds"] for row in every),
     )
 
 
@@ -199,7 +201,7 @@ def _data_of(recipe: Recipe) -> Recipe:
         name="",
         summary="",
         data=recipe.data,
-        timesteps=recipe.timesteps,
+        timesteps=recipe.timesteps if data.has_events(recipe.data) else 0,
         size=recipe.size,
         slicing=recipe.slicing,
         validation=recipe.validation,

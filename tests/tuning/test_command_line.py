@@ -45,7 +45,7 @@ def test_a_recipe_alone_is_enough(asked, tmp_path, capsys):
     assert made == tuning.Search(recipe=recipes.get("digits"), space=tuning.default_space(recipes.get("digits")))
     assert (made.trials, made.tuner) == (20, "bayesian")
     assert folder.as_posix() == "runs/digits-search"
-    assert arguments == {"workers": 1, "data_dir": None, "address": None}
+    assert arguments == {"workers": 1, "data_dir": None, "address": None, "download": False}
     out = capsys.readouterr().out
     assert "90.00%" in out
     assert "80.00%" not in out
@@ -58,13 +58,16 @@ def test_all_can_be_said(asked, tmp_path):
     recipe = tmp_path / "mine.json"
     recipe.write_text(json.dumps({"name": "mine", "summary": "Mine", "timesteps": 4}))
     words = f"tune {recipe} --epochs 3 --set batch_size=64 --space threshold=1:4:log --space timesteps=2,4 --trials 7"
-    more = f"--workers 3 --tuner random --seed 5 --folder {tmp_path / 'there'} --data-dir D --address host:8700"
+    more = (
+        f"--workers 3 --tuner random --seed 5 --folder {tmp_path / 'there'} --data-dir D --address host:8700 --download"
+    )
     assert cli.main([*words.split(), *more.split()]) == 0
     ((made, folder, arguments),) = asked
     assert (made.recipe.name, made.recipe.epochs, made.recipe.batch_size) == ("mine", 3, 64)
     assert made.space == (Range("threshold", 1.0, 4.0, "log"), Choice("timesteps", (2, 4)))
     assert (made.trials, made.tuner, made.seed) == (7, "random", 5)
     assert folder == tmp_path / "there"
+    assert arguments["download"]
     assert (arguments["workers"], arguments["address"], str(arguments["data_dir"])) == (3, "host:8700", "D")
 
 
@@ -95,6 +98,10 @@ def test_workers_join(monkeypatch, tmp_path):
         ("tune --folder nowhere --epochs 3", "goes on with the settings that it has"),
         ("tune digits --join host:1", "pass --folder, and no recipe"),
         ("tune --join host:1", "pass --folder, and no recipe"),
+        ("tune --folder a --join host:1 --trials 9 --space alpha", "Leave out --trials, --space."),
+        ("tune --folder a --join host:1 --set batch_size=8 --epochs 3", "Leave out --set, --epochs."),
+        ("tune --folder a --join host:1 --tuner random --seed 0", "Leave out --tuner, --seed."),
+        ("tune --folder a --join host:1 --address a:1 --download", "Leave out --address, --download."),
     ],
 )
 def test_what_is_wrong_is_told(words, message, asked, capsys):

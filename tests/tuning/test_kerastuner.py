@@ -23,6 +23,7 @@ from keras_dsr import data, recipes, training, tuning  # noqa: E402
 from keras_dsr.data.parts import ArrayPart  # noqa: E402
 from keras_dsr.layers.neurons import neurons_of  # noqa: E402
 from keras_dsr.tuning import kerastuner  # noqa: E402
+from keras_dsr.tuning.search import hyperband_trials  # noqa: E402
 
 TENSORFLOW_ONLY = pytest.mark.tensorflow_only
 
@@ -67,11 +68,12 @@ def test_bayesian_search_finds_the_maximum(opened, made_up):
 
 
 def test_hyperband_lets_the_best_go_on(opened, made_up):
-    made, folder = opened(tuner="hyperband", trials=12, recipe=dataclasses.replace(TINY, epochs=9))
+    made, folder = opened(tuner="hyperband", trials=13, recipe=dataclasses.replace(TINY, epochs=9))
     tuner(made, folder).search()
     trials = tuning.read_trials(folder)
-    assert len(trials) == 12
-    assert {trial.epochs for trial in trials} >= {1, 3}
+    assert len(trials) == 13
+    assert [trial.epochs for trial in trials] == [1] * 9 + [3] * 3 + [9]
+    assert trials[-1].state == "finished"
     assert all((trial.state == "finished") == (trial.epochs == 9) for trial in trials)
     # Nobody trained an epoch twice: those that went on began with what they had.
     by_settings = {}
@@ -80,12 +82,42 @@ def test_hyperband_lets_the_best_go_on(opened, made_up):
     assert any(len(epochs) > 1 for epochs in by_settings.values())
     assert all(epochs == list(range(len(epochs))) for epochs in by_settings.values())
     # The three of nine that went on are the three with the highest accuracy.
-    first = [trial for trial in trials if trial.epochs == 1][:9]
-    gone_on = {json.dumps(trial.settings) for trial in trials if trial.epochs == 3}
-    ranked = sorted(first, key=lambda trial: -trial.validation_accuracy)
-    assert gone_on <= {json.dumps(trial.settings) for trial in ranked[: len(gone_on) + 1]}
+    ranked = sorted(trials[:9], key=lambda trial: -trial.validation_accuracy)
+    gone_on = [json.dumps(trial.settings) for trial in trials[9:]]
+    assert gone_on == [json.dumps(trial.settings) for trial in (*ranked[:3], ranked[0])]
 
 
+@pytest.mark.parametrize("epochs", [2, 3, 4, 9, 10, 27, 30, 81, 200])
+def test_hyperband_needs_as_many_trials_as_its_oracle_gives_before_a_full_one(epochs):
+    least = hyperband_trials(epochs)
+    made = search(tuner="hyperband", trials=least, recipe=dataclasses.replace(TINY, epochs=epochs))
+    known = kerastuner.oracle(made)
+    (bracket,) = known._brackets
+    sizes = [known._get_size(bracket["bracket_num"], place) for place in range(len(bracket["rounds"]))]
+    assert least == sum(sizes[:-1]) + 1
+
+
+def test_hyperband_begins_no_bracket_with_the_trials_of_another(opened):
+    """A worker that comes while others are at a round waits, where too few trials are left to begin something else."""
+    made, folder = opened(tuner="hyperband", trials=13, recipe=dataclasses.replace(TINY, epochs=9))
+    known = tuner(made, folder).oracle
+    given = [known.create_trial(f"worker{number}") for number in range(9)]
+    state = known._seed_state, known._current_bracket
+    assert known.create_trial("late").status == "IDLE"
+    assert (known._seed_state, known._current_bracket) == state
+    known.max_trials = 100
+    assert known.create_trial("late").status == "RUNNING"
+    assert len({trial.trial_id for trial in given}) == 9
+
+
+def test_hyperband_goes_on_with_as_many_rounds_as_its_trials_need(opened, made_up):
+    made, folder = opened(tuner="hyperband", trials=13, recipe=dataclasses.replace(TINY, epochs=9))
+    tuner(made, folder).search()
+    more = dataclasses.replace(made, trials=1000)
+    assert tuner(more, folder).oracle.hyperband_iterations == 1000
+
+
+@pytest.mark.filterwarnings("ignore:The optimal value found for dimension:UserWarning")
 def test_failures_are_recorded_and_the_search_goes_on(opened, made_up):
     made, folder = opened(tuner="bayesian", trials=12)
 
@@ -98,8 +130,74 @@ def test_failures_are_recorded_and_the_search_goes_on(opened, made_up):
     trials = tuning.read_trials(folder)
     assert [trial.state for trial in trials] == ["failed"] * 7 + ["finished"] * 5
     assert "neuron1" in trials[0].message
+    # What draws settings learns of them: nothing is known yet, so it is 0.
     known = tuner(made, folder).oracle
-    assert [trial.status for _, trial in sorted(known.trials.items())] == ["FAILED"] * 7 + ["COMPLETED"] * 5
+    scores = [trial.score for _, trial in sorted(known.trials.items())]
+    assert scores == [0.0] * 7 + [trial.validation_accuracy for trial in trials[7:]]
+
+
+@pytest.mark.filterwarnings("ignore:The optimal value found for dimension:UserWarning")
+def test_a_bayesian_search_learns_where_trials_fail(opened, made_up):
+    """All trials with a learning rate above 0.01 diverge; those below are the better the nearer they are to that."""
+    made, folder = opened(trials=16, space=("learning_rate=1e-4:1:log",))
+
+    def diverge(recipe, epoch):
+        if recipe.learning_rate > 0.01:
+            raise ValueError("loss is no longer a finite number")
+
+    made_up.before_epoch = diverge
+    made_up.accuracy = lambda recipe: 0.5 + 0.1 * np.log10(recipe.learning_rate / 1e-4)
+    tuner(made, folder).search()
+    trials = tuning.read_trials(folder)
+    drawn = [trial.settings["learning_rate"] for trial in trials]
+    assert len(set(drawn)) == len(drawn)
+    assert [trial.state == "failed" for trial in trials] == [rate > 0.01 for rate in drawn]
+    first, later = trials[:8], trials[8:]
+    assert any(trial.state == "failed" for trial in first)
+    assert sum(trial.state == "failed" for trial in later) <= len(later) // 2
+    # The oracle knows them by the worst of those before.
+    known = tuner(made, folder).oracle.trials
+    for trial in trials:
+        before = [each.validation_accuracy for each in trials[: trial.number] if each.state == "finished"]
+        if trial.state == "failed":
+            (score,) = [each.score for name, each in known.items() if int(name) == trial.number]
+            assert score == min(before, default=0.0)
+
+
+def test_a_point_that_was_drawn_before_is_drawn_at_random(opened, monkeypatch):
+    made, folder = opened(space=("alpha=0.1:0.9",))
+    known = tuner(made, folder).oracle
+    first = known.create_trial("one").hyperparameters.values
+    monkeypatch.setattr(
+        keras_tuner.oracles.BayesianOptimizationOracle,
+        "populate_space",
+        lambda self, trial_id: {"status": "RUNNING", "values": dict(first)},
+    )
+    assert known.create_trial("other").hyperparameters.values != first
+
+
+@pytest.mark.parametrize("scale", ["linear", "log"])
+def test_nothing_is_drawn_above_the_upper_bound(scale):
+    hp = keras_tuner.HyperParameters()
+    space = [tuning.Range("timesteps", 2, 8, scale), tuning.Range("threshold", 0.5, 8.0, scale)]
+    kerastuner.declare(hp, space)
+    for probability, expected in ((0.0, (2, 0.5)), (1.0, (8, 8.0))):
+        hp.values = {each.name: each.prob_to_value(probability) for each in hp.space}
+        drawn = kerastuner.declare(hp, space)
+        assert (drawn["timesteps"], drawn["threshold"]) == pytest.approx(expected)
+
+
+def test_a_chief_that_is_started_again_leaves_others_their_trials(opened):
+    made, folder = opened()
+    known = tuner(made, folder)
+    for worker in ("worker0", "there", "gone"):
+        known.oracle.create_trial(worker)
+    known.save()
+    tuning.search.beat_of(folder, "there").touch()
+    again = tuner(made, folder).oracle
+    assert {worker: trial.trial_id for worker, trial in again.ongoing_trials.items()} == {"there": "1"}
+    assert sorted(again._retry_queue) == ["0", "2"]
+    assert {again.create_trial(worker).trial_id for worker in ("worker0", "worker1", "there")} == {"0", "1", "2"}
 
 
 def test_a_killed_search_goes_on_with_the_trial_it_was_at(opened, made_up):
@@ -122,7 +220,8 @@ def test_a_killed_search_goes_on_with_the_trial_it_was_at(opened, made_up):
     assert len(made_up.trained) == 5 * 4
 
 
-@pytest.mark.parametrize("write", range(1, 10))
+@pytest.mark.filterwarnings("ignore:The use case of calling:DeprecationWarning")  # of one that is told once more
+@pytest.mark.parametrize("write", range(1, 17))
 def test_files_are_whole_wherever_a_kill_comes(write, opened, made_up, monkeypatch):
     """The process dies as it writes the n-th file, which is half written then."""
     made, folder = opened(tuner="random", trials=3)
@@ -134,14 +233,21 @@ def test_files_are_whole_wherever_a_kill_comes(write, opened, made_up, monkeypat
             raise Killed
         return whole(self, text, *arguments, **named)
 
+    def begin():
+        begun = tuner(made, folder)
+        begun.save()  # as a chief does before it gives out trials
+        begun.search()
+        return begun
+
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", torn)
         with pytest.raises(Killed):
-            tuner(made, folder).search()
-    tuner(made, folder).search()
+            begin()
+    again = begin()
     trials = tuning.read_trials(folder)
     assert [trial.state for trial in trials] == ["finished"] * 3
     assert len(made_up.trained) == 3 * 4
+    assert [trial.status for trial in again.oracle.trials.values()] == ["COMPLETED"] * 3
 
 
 def test_what_would_meet_all_trials_ends_the_search(opened, made_up):
@@ -204,6 +310,25 @@ def test_a_hypermodel_of_event_frames_has_as_many_as_steps():
     hp = keras_tuner.HyperParameters()
     hp.values = {"timesteps": 4}
     assert model.build(hp).input_shape == (None, 4, *model._loaded.input_shape[1:])
+
+
+@TENSORFLOW_ONLY
+def test_a_hypermodel_trains_in_the_precision_of_the_recipe():
+    recipe = dataclasses.replace(TINY, precision="mixed_bfloat16")
+    hypermodel = tuning.DSRHyperModel(recipe)
+    before = keras.config.dtype_policy()
+    model = hypermodel.build(keras_tuner.HyperParameters())
+    assert {layer.dtype_policy.name for layer in model.layers} >= {"mixed_bfloat16"}
+    assert keras.config.dtype_policy() == before
+
+
+@TENSORFLOW_ONLY
+def test_a_hypermodel_that_diverges_is_a_failed_trial():
+    recipe = dataclasses.replace(TINY, optimizer="sgd", momentum=0.0, learning_rate=1e30)
+    hypermodel = tuning.DSRHyperModel(recipe)
+    hp = keras_tuner.HyperParameters()
+    with pytest.raises(keras_tuner.errors.FailedTrialError, match="no longer"):
+        hypermodel.fit(hp, hypermodel.build(hp), verbose=0)
 
 
 @TENSORFLOW_ONLY

@@ -129,6 +129,23 @@ def test_a_kill_between_record_and_study_loses_nothing(place, opened, made_up, m
     assert len(made_up.trained) == 3 * 4
 
 
+def test_a_trial_whose_worker_does_not_come_back_is_told_to_the_study(opened, made_up, monkeypatch):
+    made, folder = opened(tuner="optuna", trials=2)
+
+    def killed(*arguments, **named):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.study.Study, "tell", killed)
+        with pytest.raises(Killed):
+            optuna_study.work(made, folder, "worker1")
+    assert states(folder) == ["RUNNING"]
+    optuna_study.mend(folder)
+    assert states(folder) == ["COMPLETE"]
+    optuna_study.work(made, folder, "worker0")
+    assert states(folder) == ["COMPLETE"] * 2
+
+
 def test_a_torn_journal_is_mended(opened, made_up):
     made, folder = opened(tuner="optuna", trials=2)
     optuna_study.work(made, folder, "worker0")

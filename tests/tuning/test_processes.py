@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +20,8 @@ from keras_dsr import data, runs, training, tuning
 from keras_dsr.data.parts import ArrayPart
 from keras_dsr.recipes import Recipe
 from keras_dsr.tuning import processes, trials
-from keras_dsr.tuning.search import Trial, run_folder, search_of, write_trial
+from keras_dsr.tuning import search as search_module
+from keras_dsr.tuning.search import Trial, read_trial, run_folder, search_of, write_trial
 
 TENSORFLOW_ONLY = pytest.mark.tensorflow_only
 
@@ -48,7 +51,7 @@ def wait_for(condition, seconds=300):
 def test_a_worker_and_then_all_are_killed_and_nothing_is_lost(tmp_path, monkeypatch):
     pytest.importorskip("keras_tuner")
     folder = tmp_path / "search"
-    settings = {"widths": "4", "timesteps": "2", "epochs": "4", "batch_size": "16", "train_examples": "160"}
+    settings = {"widths": "4", "timesteps": "2", "epochs": "12", "batch_size": "16", "train_examples": "160"}
     words = ["tune", "digits", *(f"--set={name}={value}" for name, value in settings.items())]
     command = [
         sys.executable,
@@ -81,6 +84,8 @@ def test_a_worker_and_then_all_are_killed_and_nothing_is_lost(tmp_path, monkeypa
         wait_for(in_the_midst)
         (worker,) = processes_of(folder, "worker1")
         os.kill(worker, signal.SIGKILL)
+        # It was in the midst of it; whoever comes back takes seconds to import what it needs.
+        assert not any(read_trial(folder, number).ended for number in at)
         wait_for(lambda: processes_of(folder, "worker1") not in ([], [worker]))
         wait_for(lambda: any(trial.ended for trial in tuning.read_trials(folder)))
     finally:
@@ -94,7 +99,10 @@ def test_a_worker_and_then_all_are_killed_and_nothing_is_lost(tmp_path, monkeypa
     lines = []
     recipe = tuning.tune(search_of(folder), folder, workers=2, told=lines.append)
     trials = tuning.read_trials(folder)
-    assert [(trial.number, trial.state, trial.epochs) for trial in trials] == [(n, "finished", 4) for n in range(4)]
+    assert [(trial.number, trial.state, trial.epochs) for trial in trials] == [(n, "finished", 12) for n in range(4)]
+    for trial in trials:
+        rows = csv.DictReader((run_folder(folder, trial.number) / "history.csv").read_text().splitlines())
+        assert [int(row["epoch"]) for row in rows] == list(range(1, 13))
     for trial in before:
         assert trials[trial.number].settings == trial.settings
     for number, drawn in at.items():
@@ -120,6 +128,8 @@ class Script:
         monkeypatch.setattr(processes, "_LOOK_EVERY", 0.01)
 
     def open(self, command, **settings):
+        if "--worker" not in command:
+            return self._popen(command, **settings)
         name = command[command.index("--worker") + 1]
         turn = self.started.count(name)
         self.started.append(name)
@@ -156,22 +166,93 @@ def test_with_the_chief_all_are_started_again(opened, monkeypatch):
     assert script.started == ["chief", "worker0"] * 2
 
 
-def test_trials_of_other_machines_are_waited_for(opened, monkeypatch):
-    _, folder = opened()
-    theirs = Trial(number=0, settings={}, worker="elsewhere")
-    write_trial(folder, theirs)
-    Script(monkeypatch, chief=[WAIT], worker0=[END])
-    looks = iter(range(1000))
+def give_out(folder, **numbers):
+    """Writes what KerasTuner's oracle keeps of the workers that it waits for."""
+    (folder / "engine" / "oracle.json").write_text(json.dumps({"ongoing_trials": numbers}))
 
-    def look():
-        if next(looks) == 30:
-            write_trial(folder, dataclasses.replace(theirs, state="finished"))
+
+@pytest.fixture
+def waiting(opened, monkeypatch):
+    """A search whose own workers have come to their end, while another machine's is at trial 0."""
+    _, folder = opened()
+    give_out(folder, elsewhere="0")
+    search_module.beat_of(folder, "elsewhere").touch()
+    script = Script(monkeypatch, chief=[WAIT], worker0=[END])
+
+    def run(each_look):
+        looks, told = iter(range(1000)), []
+        processes._supervise(
+            folder, ["worker0"], None, True, "127.0.0.1:8700", told.append, lambda: each_look(next(looks))
+        )
+        return next(looks), told
+
+    return folder, script, run
+
+
+def test_a_trial_of_another_machine_is_waited_for_even_without_a_record(waiting):
+    folder, script, run = waiting
+
+    def look(number):
+        if number == 30:
+            write_trial(folder, Trial(number=0, settings={}, worker="elsewhere", state="finished"))
         return False
 
-    processes._supervise(folder, ["worker0"], None, True, "127.0.0.1:8700", print, look)
-    assert next(looks) > 30
-    write_trial(folder, theirs)
-    assert supervise(folder, 1) == []  # nobody can have joined
+    looks, told = run(look)
+    assert looks > 30
+    assert len(told) == 1
+    assert told[0].startswith("trial 0")
+    assert script.started == ["chief", "worker0"]
+
+
+def test_a_trial_of_a_silent_worker_is_taken_back(waiting, monkeypatch):
+    folder, script, run = waiting
+    beat = search_module.beat_of(folder, "elsewhere")
+
+    def look(number):
+        if number == 30:
+            past = beat.stat().st_mtime - search_module.SILENT - 1
+            os.utime(beat, (past, past))
+        if len(script.started) == 4:  # the chief gives it to a worker of its own
+            write_trial(folder, Trial(number=0, settings={}, worker="worker0", state="finished"))
+        return False
+
+    _, told = run(look)
+    assert told[0] == "elsewhere silent for 180 s: what was being trained there is taken back"
+    assert script.started == ["chief", "worker0"] * 2
+
+
+def test_without_an_address_nobody_can_have_joined(opened, monkeypatch):
+    _, folder = opened()
+    give_out(folder, elsewhere="0")
+    Script(monkeypatch, chief=[WAIT], worker0=[END])
+    assert supervise(folder, 1) == []
+
+
+def test_workers_have_the_same_names_when_they_join_again(opened, monkeypatch):
+    _, folder = opened()
+    monkeypatch.setattr(processes.platform, "node", lambda: "chief 7")
+    with processes._names(folder, 2) as first:
+        assert first == ["machine-7-worker0", "machine-7-worker1"]
+        with processes._names(folder, 1) as second:
+            assert second == ["machine-7-worker2"]
+        with processes._names(folder, 1) as third:
+            assert third == second
+    with processes._names(folder, 2) as again:
+        assert again == first
+
+
+def test_a_worker_whose_chief_stays_away_ends(tmp_path):
+    (tmp_path / "logs").mkdir()
+    code = (
+        "import pathlib, time; from keras_dsr.tuning import processes; "
+        "processes._BEAT_EVERY, processes._CHIEF_AWAY = 0.05, 0.2; "
+        f"processes._beat(pathlib.Path({str(tmp_path)!r}), 'worker0', '127.0.0.1:1'); time.sleep(60)"
+    )
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == processes.FAULT
+    assert "worker0: no chief has answered at 127.0.0.1:1 for 0.2 s" in ended.stderr
+    assert search_module.heard_of(tmp_path, "worker0")
 
 
 def test_a_chief_that_has_ended_is_the_end(opened, monkeypatch):
@@ -237,7 +318,7 @@ def test_a_worker_is_not_saved_by_what_others_do(opened, monkeypatch):
 def test_trials_that_fail_by_an_error_are_progress(opened, monkeypatch):
     _, folder = opened()
     Script(monkeypatch, worker0=[ending(folder, "worker0", 1)] * 12 + [END])
-    assert len(supervise(folder, 1, chief=False)) == 12
+    assert sum("died" in line for line in supervise(folder, 1, chief=False)) == 12
 
 
 def test_what_would_meet_all_trials_ends_the_search_at_once(opened, monkeypatch):
@@ -325,7 +406,10 @@ def test_trials_of_workers_that_are_gone_are_taken_up(opened):
     for number, worker in enumerate(["worker0", "worker1", "worker2"]):
         write_trial(folder, Trial(number=number, settings={"alpha": 0.5}, worker=worker, attempts=3, epochs=number))
     write_trial(folder, Trial(number=3, settings={}, state="finished", worker="worker2"))
+    left = folder / "trials" / ".0123-claim"
+    left.touch()
     processes._take_up(folder, ["worker0", "worker1"])
+    assert not left.exists()
     assert [(trial.worker, trial.attempts, trial.epochs) for trial in tuning.read_trials(folder)] == [
         ("worker0", 0, 0),
         ("worker1", 0, 1),
@@ -348,6 +432,7 @@ def test_cores_are_shared_evenly(monkeypatch):
         ({}, {"address": "8700"}, ValueError, r"HOST:PORT, such as .*Received '8700'"),
         ({}, {"address": "here:99999"}, ValueError, r"HOST:PORT"),
         ({}, {"address": "here:0"}, ValueError, r"HOST:PORT"),
+        ({}, {"address": "fd00::7:8700"}, ValueError, r"or \[fd00::7\]:8700\. Received 'fd00::7:8700'"),
         ({"tuner": "optuna"}, {"address": "0.0.0.0:8700"}, ValueError, r"Only KerasTuner has a chief.*tuner='optuna'"),
         (
             {"recipe": dataclasses.replace(TINY, data="folder:/nowhere", train_examples=None)},
@@ -402,15 +487,85 @@ def test_others_join_what_has_a_chief(opened):
 def test_joined_workers_end_with_the_search(opened, monkeypatch):
     pytest.importorskip("keras_tuner")
     _, folder = opened()
-    write_trial(folder, Trial(number=0, settings={}, state="finished", validation_accuracy=0.5))
-    monkeypatch.setattr(processes.platform, "node", lambda: "chief7")
     script = Script(monkeypatch)
     script.code = type("Any", (), {"__getitem__": lambda self, name: [WAIT]})()
-    (folder / "results.md").touch()
+
+    def reached(address):
+        assert address == "host:8700"
+        # Written by the chief's machine meanwhile.
+        write_trial(folder, Trial(number=0, settings={}, state="finished", validation_accuracy=0.5))
+        (folder / "results.md").touch()
+        return True
+
+    monkeypatch.setattr(processes, "_reached", reached)
     tuning.join(folder, "host:8700", workers=2)
-    assert len(script.started) == 2
     assert len(set(script.started)) == 2
-    assert not any("chief" in name for name in script.started)
+    tuning.join(folder, "host:8700", workers=2)  # it is over
+    assert len(script.started) == 2
+
+
+def test_a_chief_that_nobody_reaches_is_an_error(opened, monkeypatch):
+    pytest.importorskip("keras_tuner")
+    _, folder = opened()
+    monkeypatch.setattr(processes, "_CHIEF_STARTS", 0)
+    with pytest.raises(OSError, match=r"No chief of a search answers at 127\.0\.0\.1:1 within 0 s"):
+        tuning.join(folder, "127.0.0.1:1")
+
+
+def test_results_of_an_earlier_end_are_not_taken_for_the_end(opened, monkeypatch):
+    pytest.importorskip("keras_tuner")
+    made, folder = opened(trials=1)
+    settings = {"alpha": 0.5, "threshold": 1.0}
+    write_trial(folder, Trial(number=0, settings=settings, state="finished", validation_accuracy=0.5, timesteps=2))
+    tuning.tune(made, folder)
+    assert (folder / "results.md").is_file()
+
+    def supervise(*arguments):
+        assert not list(folder.glob("results.*"))
+        raise OSError("that is all")
+
+    monkeypatch.setattr(processes, "_supervise", supervise)
+    with pytest.raises(OSError, match="that is all"):
+        tuning.tune(dataclasses.replace(made, trials=2), folder)
+
+
+def test_a_space_that_is_used_up_is_told(tmp_path, monkeypatch):
+    pytest.importorskip("keras_tuner")
+    made = search(trials=3, space=("timesteps=1,2",))
+
+    def supervise(folder, *arguments):
+        for number in range(2):
+            settings = {"timesteps": number + 1}
+            ended = Trial(number=number, settings=settings, state="finished", validation_accuracy=0.5, firing_rate=0.1)
+            write_trial(folder, dataclasses.replace(ended, timesteps=number + 1))
+
+    monkeypatch.setattr(processes, "_supervise", supervise)
+    told = []
+    tuning.tune(made, tmp_path / "search", told=told.append)
+    assert told == ["2 of 3 trials: the space has hardly any point left that was not tried"]
+
+
+def test_a_taken_port_is_told_before_processes_start(tmp_path, monkeypatch):
+    pytest.importorskip("keras_tuner")
+    monkeypatch.setattr(processes, "_supervise", None)
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        assert processes._reached(address)
+        with pytest.raises(OSError, match=rf"chief cannot listen at {address}: Address already in use"):
+            tuning.tune(search(), tmp_path / "search", address=address)
+
+
+def test_proxies_are_not_asked_for_the_chief(opened, monkeypatch):
+    _, folder = opened()
+    seen = []
+    monkeypatch.setenv("no_proxy", "internal")
+    monkeypatch.setattr(
+        processes.subprocess, "Popen", lambda command, **settings: seen.append(settings["env"]["no_proxy"])
+    )
+    processes._Process("worker0", folder, None, None).start("192.168.0.7:8700")
+    assert seen == ["internal,localhost,127.0.0.1,192.168.0.7"]
 
 
 @pytest.mark.parametrize("tuner", ["random", "optuna"])
@@ -418,7 +573,8 @@ def test_a_process_is_what_its_name_says(tuner, opened, monkeypatch):
     kerastuner = pytest.importorskip("keras_dsr.tuning.kerastuner")
     pytest.importorskip("optuna")
     made, folder = opened(tuner=tuner)
-    served = []
+    served, beats = [], []
+    monkeypatch.setattr(processes, "_beat", lambda *arguments: beats.append(arguments))
     monkeypatch.setattr(kerastuner, "serve", lambda *arguments: served.append(arguments))
     monkeypatch.setattr(processes.optuna_study, "work", lambda *arguments: served.append(arguments))
     processes.serve(folder, "worker0", "host:1", None)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import threading
 
+import keras
 import pytest
 from tuning.small import TINY, search
 
-from keras_dsr import tuning
-from keras_dsr.tuning.search import Search, Trial, claim_trial, open_folder, read_trial, write_trial
+from keras_dsr import runs, tuning
+from keras_dsr.tuning import search as search_module
+from keras_dsr.tuning.search import Search, Trial, check_environment, claim_trial, open_folder, read_trial, write_trial
 
 
 def test_a_search_goes_through_json():
@@ -22,6 +26,10 @@ def test_a_search_goes_through_json():
     [
         ({"tuner": "grid"}, r"tuner is one of \('random', 'bayesian', 'hyperband', 'optuna'\)"),
         ({"trials": 0}, r"1 trial or more\. Received trials=0"),
+        (
+            {"recipe": dataclasses.replace(TINY, epochs=9), "tuner": "hyperband", "trials": 12},
+            r"none of fewer than 13 trials to its end\. Received trials=12",
+        ),
         ({"seed": -1}, r"seed must be 0 or more"),
         (
             {"recipe": dataclasses.replace(TINY, epochs=1), "tuner": "hyperband"},
@@ -46,6 +54,45 @@ def test_a_folder_is_of_one_search(tmp_path):
             open_folder(other, tmp_path)
     with pytest.raises(ValueError, match=r"Expected threshold=2\.0 and received 3\.0"):
         open_folder(search(recipe=dataclasses.replace(TINY, threshold=3.0), trials=9), tmp_path)
+
+
+@pytest.mark.parametrize("what", ["keras_dsr", "keras", "keras-tuner", "backend"])
+def test_other_versions_are_refused(what, opened):
+    made, folder = opened()
+    path = folder / "environment.json"
+    fields = json.loads(path.read_text())
+    (fields if what == "backend" else fields["versions"])[what] = "0.1"
+    path.write_text(json.dumps(fields))
+    message = rf"{folder} was begun with {what} 0\.1 and received (\d+\.|tensorflow|jax|None).*Install those here"
+    for begin in (open_folder, check_environment):
+        with pytest.raises(ValueError, match=message):
+            begin(made, folder)
+    fields["versions"]["optuna"] = "0.1"  # another tuner's
+    (fields if what == "backend" else fields["versions"])[what] = {
+        **runs.environment()["versions"],
+        "backend": keras.backend.backend(),
+        "keras-tuner": search_module.importlib.metadata.version("keras-tuner"),
+    }[what]
+    path.write_text(json.dumps(fields))
+    open_folder(made, folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("host:80", ("host", 80)), ("10.0.0.7:8700", ("10.0.0.7", 8700)), ("[::1]:80", ("::1", 80))]
+)
+def test_an_address_is_host_and_port(text, expected):
+    assert search_module.split_address(text) == expected
+
+
+def test_who_showed_no_life_for_long_is_not_heard_of(opened):
+    _, folder = opened()
+    assert not search_module.heard_of(folder, "one")
+    beat = search_module.beat_of(folder, "one")
+    beat.touch()
+    assert search_module.heard_of(folder, "one")
+    past = beat.stat().st_mtime - search_module.SILENT - 1
+    os.utime(beat, (past, past))
+    assert not search_module.heard_of(folder, "one")
 
 
 def test_another_folder_is_left_alone(tmp_path):

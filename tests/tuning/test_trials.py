@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 from tuning.small import TINY, Killed, search
 
-from keras_dsr import checkpoints, data, runs, training
+from keras_dsr import checkpoints, data, recipes, runs, training
 from keras_dsr.data.parts import ArrayPart, DataSet
 from keras_dsr.tuning import trials
 from keras_dsr.tuning.search import Trial, open_folder, read_trial, run_folder, write_trial
@@ -148,6 +148,7 @@ def test_hybrid_trials_are_stopped_in_their_last_stage(tmp_path):
     assert (trial.state, trial.epochs) == ("stopped", 2)
     assert [row["stage"] for row in rows(tmp_path)] == ["representation"] * 2 + ["spiking"] * 2
     assert [epoch for epoch, _ in reported] == [1, 2]
+    assert trial.seconds == sum(row["seconds"] for row in trials._rows(run_folder(tmp_path, 0)))
     assert trial.validation_accuracy == reported[-1][1] == float(rows(tmp_path)[-1]["val_accuracy"])
 
 
@@ -256,4 +257,8 @@ def test_the_data_set_is_loaded_once(monkeypatch):
     assert trials._loaded(trials._data_of(dataclasses.replace(TINY, threshold=3.0, alpha=0.1)), None) is one
     assert trials._loaded(trials._data_of(dataclasses.replace(TINY, train_examples=80)), None) is not one
     assert len(loads) == 2
+    # Images do not depend on the number of time steps; event frames do.
+    assert trials._data_of(dataclasses.replace(TINY, timesteps=7)) == trials._data_of(TINY)
+    events = recipes.get("digits-events")
+    assert trials._data_of(dataclasses.replace(events, timesteps=7)) != trials._data_of(events)
     trials._loaded.cache_clear()
