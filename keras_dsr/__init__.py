@@ -9,7 +9,7 @@
 - `keras_dsr.callbacks`: `CheckFinite`
 - `keras_dsr.optimizers`: `SGD`, with the paper's weight decay
 - `keras_dsr.training`: `train`, and `strategy` for several devices
-- the command line, `keras-dsr`: `train`, `resume`, `evaluate`, `recipes`, `pack`, `compare`, `check-tpu`
+- the command line, `keras-dsr`: `train`, `resume`, `tune`, `evaluate`, `recipes`, `pack`, `compare`, `check-tpu`
 
 Reference: Meng et al., "Training High-Performance Low-Latency Spiking Neural Networks by Differentiation on Spike
 Representation", CVPR 2022.

@@ -1,4 +1,4 @@
-"""The command line, `keras-dsr`: train, resume, evaluate, recipes, pack, compare, export, verify, check-tpu,
+"""The command line, `keras-dsr`: train, resume, tune, evaluate, recipes, pack, compare, export, verify, check-tpu,
 serve.
 """
 
@@ -15,10 +15,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from keras_dsr import deployment, recipes, runs, serving, training
+from keras_dsr import deployment, recipes, runs, serving, training, tuning
 from keras_dsr.distribution import DEVICES, Strategy
 from keras_dsr.export import FORMS
 from keras_dsr.recipes import Recipe
+from keras_dsr.tuning.search import TUNERS
 
 
 def _onnx_forms(text: str) -> tuple[str, ...]:
@@ -62,7 +63,38 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument("--verbose", type=int, default=None, help="2 for one line an epoch, 0 for none")
     evaluate = commands.add_parser("evaluate", help="evaluate a run", description="Evaluate a run's model once more.")
     evaluate.add_argument("run", type=Path, help="a run folder, such as runs/digits-20260101-120000")
-    for each in (train, resume, evaluate):
+    tune = commands.add_parser(
+        "tune",
+        help="search for the best settings of a recipe",
+        description="Train a recipe with many settings, and write the best as a recipe that train takes. The same "
+        "command goes on with what was stopped. Settings are chosen on the validation part.",
+    )
+    tune.add_argument("recipe", nargs="?", help="name of the recipe, or a recipe.json; may be left out with --folder")
+    tune.add_argument("--epochs", help="passes over the training examples, of each trial")
+    tune.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting of the recipe in all trials"
+    )
+    tune.add_argument(
+        "--space",
+        action="append",
+        default=[],
+        metavar="NAME=LOW:HIGH[:log]",
+        help="a setting to vary, or NAME=VALUE,VALUE,..., or NAME alone for a range around the recipe's; may be given "
+        "several times (default: threshold and alpha)",
+    )
+    tune.add_argument("--trials", type=int, help="how many (default: 20)")
+    tune.add_argument("--workers", type=int, default=1, help="processes that train trials (default: 1)")
+    tune.add_argument("--tuner", choices=TUNERS, help="who draws settings (default: bayesian)")
+    tune.add_argument("--seed", type=int, help="seed of the tuner (default: 0)")
+    tune.add_argument("--download", action="store_true", help="download the data set if it is not there")
+    tune.add_argument("--folder", type=Path, help="folder of the search (default: runs/RECIPE-search)")
+    tune.add_argument(
+        "--address", metavar="HOST:PORT", help="where the chief listens, for workers of other machines (default: none)"
+    )
+    tune.add_argument(
+        "--join", metavar="HOST:PORT", help="only add workers to the search in --folder, whose chief listens there"
+    )
+    for each in (train, resume, evaluate, tune):
         each.add_argument("--data-dir", type=Path, help="where the data set is (default: $KERAS_DSR_DATA)")
     listing = commands.add_parser(
         "recipes", help="list recipes", description="List all recipes, or print the settings of one."
@@ -183,18 +215,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _recipe(given: str) -> Recipe:
-    """The recipe of a name, or of a file."""
-    return Recipe.from_json(Path(given).read_text()) if given.endswith(".json") else recipes.get(given)
-
-
 def _train(options: argparse.Namespace) -> None:
-    recipe = _recipe(options.recipe)
-    changes = recipes.parse_settings(options.set)
-    for name in ("epochs", "timesteps", "seed"):
-        if getattr(options, name) is not None:
-            changes[name] = getattr(options, name)
-    recipe = recipe.with_settings(changes)
+    recipe = _recipe(options, ("epochs", "timesteps", "seed"))
     devices = training.strategy(options.devices, replicas=options.replicas)
     if devices.processes > 1 and options.folder is None:
         raise ValueError("Several processes train into one folder, which all of them can read: name it with --folder.")
@@ -205,6 +227,17 @@ def _train(options: argparse.Namespace) -> None:
         if options.folder is None:
             runs.discard(folder)
         raise
+
+
+def _recipe(options: argparse.Namespace, names: Sequence[str]) -> Recipe:
+    """The recipe that was named, with the settings that were given by `--set` and by options of their own."""
+    given = Path(options.recipe)
+    recipe = Recipe.from_json(given.read_text()) if given.suffix == ".json" else recipes.get(options.recipe)
+    changes = recipes.parse_settings(options.set)
+    for name in names:
+        if getattr(options, name) is not None:
+            changes[name] = getattr(options, name)
+    return recipe.with_settings(changes)
 
 
 def _resume(options: argparse.Namespace) -> None:
@@ -272,6 +305,57 @@ def _report(summary: runs.Summary, folder: Path) -> None:
 
 def _percent(accuracy: float | None) -> str:
     return "-" if accuracy is None else f"{accuracy:.2%}"
+
+
+def _tune(options: argparse.Namespace) -> None:
+    if options.join is not None:
+        if options.recipe is not None or options.folder is None:
+            raise ValueError("--join takes what to train from the folder of the search: pass --folder, and no recipe.")
+        names = ("trials", "space", "set", "epochs", "tuner", "seed", "address", "download")
+        # 0 is a seed that was given.
+        given = [f"--{name}" for name in names if getattr(options, name) or type(getattr(options, name)) is int]
+        if given:
+            raise ValueError(f"--join takes all settings from the folder of the search. Leave out {', '.join(given)}.")
+        tuning.join(options.folder, options.join, workers=options.workers, data_dir=options.data_dir)
+        return
+    if options.recipe is None:
+        if options.folder is None:
+            raise ValueError("tune takes a recipe, such as digits, or --folder of a search that is to go on.")
+        if options.set or options.epochs or options.space or options.tuner or options.seed is not None:
+            raise ValueError("A search goes on with the settings that it has. Leave them out, or pass the recipe too.")
+        search = tuning.search_of(options.folder)
+        folder = options.folder
+    else:
+        recipe = _recipe(options, ("epochs",))
+        space = tuning.parse(recipe, options.space) if options.space else tuning.default_space(recipe)
+        given = {name: getattr(options, name) for name in ("tuner", "seed") if getattr(options, name) is not None}
+        search = tuning.Search(recipe=recipe, space=space, **given)
+        folder = options.folder or Path("runs") / f"{recipe.name}-search"
+    if options.trials is not None:
+        search = dataclasses.replace(search, trials=options.trials)
+    try:
+        tuning.tune(
+            search,
+            folder,
+            workers=options.workers,
+            data_dir=options.data_dir,
+            address=options.address,
+            download=options.download,
+        )
+    except KeyboardInterrupt:
+        print(f"keras-dsr: stopped; go on with: keras-dsr tune --folder {folder}", file=sys.stderr)
+        raise
+    trials = tuning.read_trials(folder)
+    title = "Trials that none beats in accuracy, time steps and firing rate"
+    table = Table("trial", "settings", "N", "firing rate", "validation accuracy", title=title, title_justify="left")
+    for trial in tuning.pareto(trials):
+        rate, accuracy = f"{trial.firing_rate:.4f}", _percent(trial.validation_accuracy)
+        table.add_row(str(trial.number), trial.told, str(trial.timesteps), rate, accuracy)
+    console = Console()
+    console.print(table)
+    console.print(f"Written to {folder}: best.json, results.md, results.json, results.png.", soft_wrap=True)
+    console.print("Train the best, and evaluate it once on the test part, with", soft_wrap=True)
+    console.print(f"  keras-dsr train {folder / 'best.json'}", soft_wrap=True)
 
 
 def _recipes(options: argparse.Namespace) -> None:
@@ -354,7 +438,7 @@ def _check_tpu(options: argparse.Namespace) -> None:
         from keras_dsr import tpu
     except ModuleNotFoundError as error:
         raise ImportError("Compiling for TPUs needs JAX and libtpu: pip install 'keras-dsr[tpu]'.") from error
-    recipe = _recipe(options.recipe).with_settings(recipes.parse_settings(options.set))
+    recipe = _recipe(options, ())
     findings = []
     for finding in tpu.check(recipe, topology=options.topology, data_dir=options.data_dir):
         print("\n".join(finding.lines()), flush=True)
@@ -380,6 +464,7 @@ def _serve(options: argparse.Namespace) -> None:
 _COMMANDS = {
     "train": _train,
     "resume": _resume,
+    "tune": _tune,
     "evaluate": _evaluate,
     "recipes": _recipes,
     "pack": _pack,

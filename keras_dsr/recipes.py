@@ -21,12 +21,17 @@ import keras
 
 from keras_dsr import models
 from keras_dsr.layers import SpikingNeuron
+from keras_dsr.layers.quantized import check_bits
 from keras_dsr.models.common import NEURONS
+from keras_dsr.models.preact_resnet import DEPTHS as PREACT_RESNET_DEPTHS
+from keras_dsr.models.vgg import DEPTHS as VGG_DEPTHS
 
 NETWORKS = ("preact_resnet", "vgg", "small_cnn")
 OPTIMIZERS = ("sgd", "adam")
 SELECTIONS = ("best", "last")
 PRECISIONS = ("float32", "mixed_bfloat16")
+STEMS = ("cifar", "imagenet")
+_DEPTHS = {"preact_resnet": PREACT_RESNET_DEPTHS, "vgg": VGG_DEPTHS}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +52,8 @@ class Recipe:
         train_threshold: Whether thresholds train; see `hybrid_train_threshold` too.
         threshold_lower_bound: Least value of a threshold.
         threshold_gradient_scale: Factor on a threshold's gradient; `None` for the neuron's default.
+        threshold_l2: L2 regularization of thresholds: the loss gets this times the sum of their squares. It is beside
+            `weight_decay`, which is for all weights.
         alpha: Neurons fire at alpha V_th. 1 is the plain neuron, without the paper's firing mechanism.
         tau: Membrane time constant of LIF neurons, in the unit of `dt`.
         dt: Length of a time step of LIF neurons.
@@ -102,6 +109,7 @@ class Recipe:
     train_threshold: bool = True
     threshold_lower_bound: float = 0.01
     threshold_gradient_scale: float | None = None
+    threshold_l2: float = 0.0
     alpha: float = 0.5
     tau: float = 1.0
     dt: float = 0.05
@@ -175,9 +183,22 @@ class Recipe:
             ("hybrid_optimizer", OPTIMIZERS),
             ("selection", SELECTIONS),
             ("precision", PRECISIONS),
+            ("stem", STEMS),
         ):
             if getattr(self, field) not in choices:
                 raise ValueError(f"{field} is one of {choices}. Received {field}={getattr(self, field)!r}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1). Received dropout={self.dropout!r}.")
+        if self.weight_bits is not None:
+            check_bits(self.weight_bits)
+        if self.network in _DEPTHS and self.depth not in _DEPTHS[self.network]:
+            raise ValueError(
+                f"depth of a {self.network!r} is one of {_DEPTHS[self.network]}. Received depth={self.depth!r}."
+            )
+        if self.network == "small_cnn" and not (self.widths and all(width > 0 for width in self.widths)):
+            raise ValueError(
+                f"widths of a 'small_cnn' are the channels of one convolution or more. Received widths={self.widths!r}."
+            )
         if self.hybrid_epochs and not self.timesteps:
             raise ValueError(
                 "Hybrid training goes on with spikes, so it needs time steps. Received "
@@ -214,8 +235,8 @@ class Recipe:
             "alpha": self.alpha,
             "trainable_threshold": self.train_threshold and not stay,
             "threshold_lower_bound": self.threshold_lower_bound,
-            # SGD decays thresholds as it does all weights.
-            "threshold_l2": 0.0,
+            # 0 where nothing else is said, as SGD decays thresholds as it does all weights.
+            "threshold_l2": self.threshold_l2,
             "representation_steps": representation_steps,
         }
         if self.threshold_gradient_scale is not None:

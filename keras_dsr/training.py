@@ -16,7 +16,7 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ __all__ = ["compile_model", "evaluate", "load", "pack", "stages", "strategy", "t
 
 # Enough: each gives thousands of activations to most layers, and as many as there are classes to the last.
 _CALIBRATION_EXAMPLES = 2048
-# Spike trains are a hundred times the size of their input; rates need no more test examples than this, drawn at random.
+# Spike trains are a hundred times the size of their input; rates need no more examples than this, drawn at random.
 _RATE_EXAMPLES = 2000
 # Compiling the representation network by XLA takes seconds and then saves a fifth of each step on a CPU.
 _STEPS_WORTH_COMPILING = 1000
@@ -197,7 +197,7 @@ def train(
         _check_tensorboard()
     devices = devices or strategy()
     devices.check_batch_size(recipe.batch_size)
-    augmentation = Augmentation(recipe.augmentation, padding=recipe.padding, cutout=recipe.cutout)
+    Augmentation(recipe.augmentation, padding=recipe.padding, cutout=recipe.cutout)  # refuses what there is not, early
     with contextlib.ExitStack() as held, as_known_error(devices):
 
         def begin() -> None:
@@ -217,28 +217,106 @@ def train(
         if finished:
             return runs.summary_of(folder)
         loaded = load(recipe, data_dir=data_dir, download=download)
-        devices.on_chief(lambda: runs.check_environment(folder, devices.facts()))
-        state: dict[str, Any] = {"rows": [], "stage": -1, "epoch": 0, "best": [0, -1.0], "calibrated": None}
-        if (folder / "checkpoint.npz").is_file():
-            state = checkpoints.progress(folder / "checkpoint.npz")
-
-        model = None
-        for plan in _plans(recipe):
-            if plan.number < state["stage"]:
-                continue
-            weights = None if model is None else _calibrated(model, recipe, plan, loaded)
-            if weights is not None:
-                devices.agree("calibrated weights", hashlib.sha256(b"".join(w.tobytes() for w in weights)).hexdigest())
-            model = None  # its memory is for the next stage
-            model = _run_stage(
-                recipe, plan, folder, devices, loaded, augmentation, state, weights, tensorboard, verbose
-            )
+        model, state = _run_stages(recipe, folder, devices, loaded, tensorboard, verbose)
         return _finish(recipe, folder, devices, loaded, state, model)
 
 
 def _digest(path: Path) -> str | None:
     """What tells a file from another; `None` if there is none."""
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """What a training came to before the test part is looked at.
+
+    Args:
+        validation_accuracy: Part of the validation examples that the resulting network gets right.
+        epoch: Number of the epoch, from 1 and within the last stage, whose weights are the result.
+        firing_rates: Spikes per neuron and time step on validation examples, for each neuron layer.
+        thresholds: V_th of each neuron layer.
+        seconds: Wall time of all epochs together.
+    """
+
+    validation_accuracy: float
+    epoch: int
+    firing_rates: dict[str, float]
+    thresholds: dict[str, float]
+    seconds: float
+
+
+def fit(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    loaded: DataSet | None = None,
+    data_dir: Path | None = None,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+    verbose: int | str = "auto",
+) -> Fitted:
+    """Trains a recipe as `train` does, all but the end: the test part is not looked at.
+
+    The folder is that of an unfinished run. `train` with the same recipe and folder finishes it.
+
+    Args:
+        recipe: What to train.
+        folder: As in `train`.
+        loaded: The data set, as `load` gives it for this recipe, if it is at hand.
+        data_dir: Where the data set is, see `keras_dsr.data.load`.
+        callbacks: Called in the last stage, at the end of an epoch once its checkpoint is written.
+        verbose: As in `keras.Model.fit`.
+
+    Raises:
+        ValueError: if the recipe has no validation examples, or as in `train`.
+        FileNotFoundError: if the data set is not there.
+        FileExistsError: if the folder has files but is not that of a run.
+        BlockingIOError: if another process is training in the folder.
+    """
+    Augmentation(recipe.augmentation, padding=recipe.padding, cutout=recipe.cutout)  # refuses what there is not, early
+    folder.mkdir(parents=True, exist_ok=True)
+    with runs.locked(folder):
+        runs.open_folder(recipe, folder)
+        loaded = load(recipe, data_dir=data_dir) if loaded is None else loaded
+        require_validation(recipe, loaded)
+        model, state = _run_stages(recipe, folder, strategy(), loaded, False, verbose, callbacks)
+        rows = [row for row in state["rows"] if row["stage"] == _plans(recipe)[-1].name]
+        last = rows[-1]["val_accuracy"] if rows else state["calibrated"]
+        return Fitted(
+            validation_accuracy=state["best"][1] if state["best"][0] else last,
+            epoch=state["best"][0] or len(rows),
+            firing_rates=_rates(model, recipe, loaded, loaded.validation),
+            thresholds=firing.thresholds(model),
+            seconds=sum(row["seconds"] for row in state["rows"]),
+        )
+
+
+def _run_stages(
+    recipe: Recipe,
+    folder: Path,
+    devices: Strategy,
+    loaded: DataSet,
+    tensorboard: bool,
+    verbose: int | str,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+) -> tuple[keras.Model, dict[str, Any]]:
+    """Trains what is left of all stages, and gives the last one's model and how the training went."""
+    devices.on_chief(lambda: runs.check_environment(folder, devices.facts()))
+    state: dict[str, Any] = {"rows": [], "stage": -1, "epoch": 0, "best": [0, -1.0], "calibrated": None}
+    if (folder / "checkpoint.npz").is_file():
+        state = checkpoints.progress(folder / "checkpoint.npz")
+
+    model = None
+    plans = _plans(recipe)
+    for plan in plans:
+        if plan.number < state["stage"]:
+            continue
+        weights = None if model is None else _calibrated(model, recipe, plan, loaded)
+        if weights is not None:
+            devices.agree("calibrated weights", hashlib.sha256(b"".join(w.tobytes() for w in weights)).hexdigest())
+        model = None  # its memory is for the next stage
+        more = callbacks if plan is plans[-1] else ()
+        model = _run_stage(recipe, plan, folder, devices, loaded, state, weights, tensorboard, verbose, more)
+    return model, state
 
 
 def load(recipe: Recipe, *, data_dir: Path | None = None, download: bool = False) -> DataSet:
@@ -274,6 +352,19 @@ def load(recipe: Recipe, *, data_dir: Path | None = None, download: bool = False
     return loaded if recipe.train_examples is None else loaded.with_training_examples(recipe.train_examples)
 
 
+def require_validation(recipe: Recipe, loaded: DataSet) -> None:
+    """Makes sure that settings of a recipe can be compared.
+
+    Raises:
+        ValueError: if the data set has no validation examples.
+    """
+    if not len(loaded.validation):
+        raise ValueError(
+            f"Settings are compared on validation examples, and {recipe.data!r} has none with "
+            f"validation={recipe.validation!r}. Set validation higher."
+        )
+
+
 def _calibrated(model: keras.Model, recipe: Recipe, plan: _Plan, loaded: DataSet) -> list[np.ndarray]:
     """Weights of a trained representation network, made ready for the stage that follows.
 
@@ -289,7 +380,7 @@ def _calibrated(model: keras.Model, recipe: Recipe, plan: _Plan, loaded: DataSet
         models.calibrate_thresholds(model, examples.as_numpy_iterator(), recipe.hybrid_percentile)
     if not plan.timesteps:
         return model.get_weights()
-    with _dtype_policy(recipe.precision):
+    with dtype_policy(recipe.precision):
         spiking = recipe.build(loaded.classes, loaded.input_shape)
     spiking.set_weights(model.get_weights())
     models.calibrate_normalization(spiking, examples.as_numpy_iterator())
@@ -302,11 +393,11 @@ def _run_stage(
     folder: Path,
     devices: Strategy,
     loaded: DataSet,
-    augmentation: Augmentation,
     state: dict[str, Any],
     weights: list[np.ndarray] | None,
     tensorboard: bool,
     verbose: int | str,
+    more: Sequence[keras.callbacks.Callback],
 ) -> keras.Model:
     """Trains one stage to its end and gives its model, which is of this process alone.
 
@@ -316,11 +407,11 @@ def _run_stage(
         folder: The run folder.
         devices: Where to train.
         loaded: The data set.
-        augmentation: Random changes to training inputs.
         state: How far the run came; goes on from there, and is changed.
         weights: What the stage before came to, calibrated, if this process ran it.
         tensorboard: Whether to write TensorBoard's logs.
         verbose: As in `keras.Model.fit`.
+        more: Callbacks that come after the one that writes the checkpoint.
     """
     # Each stage draws its own numbers, whether or not this process ran the one before.
     keras.utils.set_random_seed(recipe.seed + 7919 * plan.number)
@@ -333,7 +424,7 @@ def _run_stage(
     with devices.scope():
         model = devices.prepare(_build(recipe, plan, loaded.classes, loaded.input_shape))
         _compile(model, recipe, plan, steps, devices.jit_compile(jit_compile))
-        _fit(model, recipe, plan, folder, devices, loaded, augmentation, state, weights, tensorboard, verbose)
+        _fit(model, recipe, plan, folder, devices, loaded, state, weights, tensorboard, verbose, more)
         if last and (folder / "best.npz").is_file():
             checkpoints.restore(folder / "best.npz", model)
         if devices.name == "one":
@@ -367,7 +458,7 @@ def stages(
 
 
 def _build(recipe: Recipe, plan: _Plan, classes: int, input_shape: tuple[int, ...]) -> keras.Model:
-    with _dtype_policy(recipe.precision):
+    with dtype_policy(recipe.precision):
         return recipe.build(classes, input_shape, plan.timesteps, plan.representation_steps)
 
 
@@ -390,11 +481,11 @@ def _fit(
     folder: Path,
     devices: Strategy,
     loaded: DataSet,
-    augmentation: Augmentation,
     state: dict[str, Any],
     weights: list[np.ndarray] | None,
     tensorboard: bool,
     verbose: int | str,
+    more: Sequence[keras.callbacks.Callback],
 ) -> None:
     """Trains a compiled model from where the run is to the end of the stage; arguments as in `_run_stage`."""
     done = 0
@@ -411,33 +502,75 @@ def _fit(
         state["initial_thresholds"] = firing.thresholds(model)
 
     keep_best = last and recipe.selection == "best"
-    callbacks: list[keras.callbacks.Callback] = [CheckFinite()]
-    callbacks.append(_Keeper(folder, plan, state, keep_best, devices.is_chief))
+    callbacks: list[keras.callbacks.Callback] = [_Keeper(folder, plan, state, keep_best, devices.is_chief)]
     if tensorboard and devices.is_chief:
         callbacks.append(keras.callbacks.TensorBoard(folder / "tensorboard" / plan.name, write_graph=False))
-    if done == plan.epochs:
-        return
+    callbacks.extend(more)
+    if done < plan.epochs:
+        fit_epochs(
+            model,
+            recipe,
+            loaded,
+            devices=devices,
+            epochs=plan.epochs,
+            first_epoch=done,
+            seed=recipe.seed + 7919 * plan.number,
+            callbacks=callbacks,
+            verbose=verbose if devices.is_chief else 0,
+        )
+
+
+def fit_epochs(
+    model: keras.Model,
+    recipe: Recipe,
+    loaded: DataSet,
+    *,
+    devices: Strategy | None = None,
+    epochs: int,
+    first_epoch: int = 0,
+    seed: int,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+    verbose: int | str = "auto",
+) -> keras.callbacks.History:
+    """Trains a compiled network on a recipe's batches, as long as all numbers are finite.
+
+    Args:
+        model: The network.
+        recipe: Batch size and augmentation.
+        loaded: The data set.
+        devices: Where to train; `None` for one device.
+        epochs: Number of the epoch to end with.
+        first_epoch: Number of epochs that came before.
+        seed: Seed of order and augmentation.
+        callbacks: As in `keras.Model.fit`.
+        verbose: As in `keras.Model.fit`.
+
+    Raises:
+        ValueError: if a loss, weight or threshold becomes NaN or infinite on the way, or a file of the data set cannot
+            be decoded.
+    """
+    devices = devices or strategy()
     batches = loaded.training_batches(
         recipe.batch_size,
-        seed=recipe.seed + 7919 * plan.number,
-        augmentation=augmentation,
-        epochs=plan.epochs,
-        first_epoch=done,
+        seed=seed,
+        augmentation=Augmentation(recipe.augmentation, padding=recipe.padding, cutout=recipe.cutout),
+        epochs=epochs,
+        first_epoch=first_epoch,
     )
     validation, validation_steps = None, None
     if len(loaded.validation):
         validation, validation_steps = _evaluation_batches(loaded, loaded.validation, devices)
     try:
-        model.fit(
+        return model.fit(
             devices.training_batches(batches, recipe.batch_size),
             validation_data=validation,
             validation_steps=validation_steps,
             steps_per_epoch=loaded.steps(recipe.batch_size),
-            epochs=plan.epochs,
-            initial_epoch=done,
+            epochs=epochs,
+            initial_epoch=first_epoch,
             shuffle=False,  # the batches are, already
-            callbacks=callbacks,
-            verbose=verbose if devices.is_chief else 0,
+            callbacks=[CheckFinite(), *callbacks],
+            verbose=verbose,
         )
     except Exception as error:
         # TensorFlow's own error class, with our message somewhere within.
@@ -449,14 +582,14 @@ def _fit(
 
 
 @contextlib.contextmanager
-def _dtype_policy(name: str) -> Iterator[None]:
+def dtype_policy(name: str) -> Iterator[None]:
     """What layers made in the block compute in."""
     before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(name)
+    keras.config.setdtype_policy(name)
     try:
         yield
     finally:
-        keras.config.set_dtype_policy(before)
+        keras.config.setdtype_policy(before)
 
 
 def _check_tensorboard() -> None:
@@ -493,7 +626,7 @@ def _finish(
 def _write_results(recipe: Recipe, folder: Path, loaded: DataSet, state: dict[str, Any], model: keras.Model) -> None:
     if recipe.precision != "float32":
         trained = model
-        with _dtype_policy("float32"):
+        with dtype_policy("float32"):
             model = recipe.build(loaded.classes, loaded.input_shape)
         compile_model(model, recipe, loaded.steps(recipe.batch_size) * recipe.epochs)
         checkpoints.copy(trained, model)
@@ -519,7 +652,7 @@ def _write_results(recipe: Recipe, folder: Path, loaded: DataSet, state: dict[st
         test_examples=len(loaded.test),
         validation_accuracy=stages[-1].validation_accuracy,
         epoch=state["best"][0] or stages[-1].epochs,
-        firing_rates=_rates(model, recipe, loaded),
+        firing_rates=_rates(model, recipe, loaded, loaded.test),
         thresholds=firing.thresholds(model),
         timesteps=recipe.timesteps,
         seconds=sum(stage.seconds for stage in stages),
@@ -531,11 +664,11 @@ def _write_results(recipe: Recipe, folder: Path, loaded: DataSet, state: dict[st
     runs.write(folder / "summary.json", summary.to_json())
 
 
-def _rates(model: keras.Model, recipe: Recipe, loaded: DataSet) -> dict[str, float]:
+def _rates(model: keras.Model, recipe: Recipe, loaded: DataSet, part: Part) -> dict[str, float]:
     if not recipe.timesteps:
         return {}
     # In another order than that of the files, which may be class by class.
-    batches = loaded.batches(loaded.test, 64, seed=0).take(math.ceil(_RATE_EXAMPLES / 64))
+    batches = loaded.batches(part, 64, seed=0).take(math.ceil(_RATE_EXAMPLES / 64))
     return firing.firing_rates(model, batches.as_numpy_iterator())
 
 
@@ -559,7 +692,7 @@ def evaluate(folder: Path, *, data_dir: Path | None = None) -> Summary:
     return dataclasses.replace(
         before,
         test_accuracy=_accuracy(model, loaded, loaded.test),
-        firing_rates=_rates(model, recipe, loaded),
+        firing_rates=_rates(model, recipe, loaded, loaded.test),
         thresholds=firing.thresholds(model),
     )
 

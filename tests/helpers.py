@@ -17,6 +17,7 @@ OPTIONAL = {
     "onnx",
     "onnxruntime",
     "openvino",
+    "optuna",
     "prometheus_client",
     "ray",
     "starlette",

@@ -743,3 +743,101 @@ def test_a_form_is_chosen_for_each_precision(benchmark):
     (row,) = gpu.rows_of({("PyTorch DSR", 20, "float32"): [{"wall_s": 0.5}]}, forms, settings)
     assert (row["network"], row["shape"], row["batch"], row["form"]) == ("resnet18", [32, 32, 3], 64, "channels_last")
     assert row["epoch_s"] == 781 * 0.5
+
+
+def searched(folder, accuracies):
+    """Records of a search: trials with made-up accuracies, alpha 0.1 apart."""
+    from keras_dsr.tuning.search import Trial, open_folder, write_trial
+
+    def tune(search, where, *, workers, told):
+        open_folder(search, where)
+        for number, accuracy in enumerate(accuracies):
+            state = "failed" if accuracy is None else "finished"
+            settings = {"threshold": 2.0, "alpha": 0.3 + number / 10, "timesteps": 4}
+            values = {"validation_accuracy": accuracy, "firing_rate": 0.125, "timesteps": 4, "epochs": 3}
+            write_trial(where, Trial(number=number, settings=settings, state=state, **(values if accuracy else {})))
+            told(f"trial {number}")
+        from keras_dsr import tuning
+
+        return tuning.best_recipe(search, tuning.read_trials(where))
+
+    return tune
+
+
+@pytest.mark.parametrize(("accuracies", "lost"), [((0.90, 0.96, None, 0.95), False), ((0.90, 0.96), True)])
+def test_a_search_is_compared_with_the_papers_defaults(accuracies, lost, benchmark, monkeypatch, tmp_path):
+    from keras_dsr import training, tuning
+
+    module = benchmark("search")
+    trained = []
+
+    def train(recipe, folder, verbose):
+        trained.append((recipe.threshold, recipe.alpha, recipe.timesteps, recipe.seed))
+        return argparse.Namespace(test_accuracy=0.97 + recipe.seed / 100 - (recipe.threshold == 6) / 10)
+
+    class Killer:
+        def __init__(self, folder, name, after):
+            assert (name, after) == ("worker1", 1)
+            self.killed = {"trial": 1, "epochs": 2}
+
+        def start(self):
+            pass
+
+    monkeypatch.setattr(module, "Killer", Killer)
+    monkeypatch.setattr(tuning, "tune", searched(tmp_path, accuracies))
+    monkeypatch.setattr(training, "fit", lambda *arguments, **named: training.Fitted(0.91, 3, {}, {}, 1.0))
+    monkeypatch.setattr(training, "train", train)
+    options = argparse.Namespace(trials=4, workers=2, epochs="3", seeds=2, tuner="random", space=None, set=[], cores=2)
+    if lost:
+        with pytest.raises(SystemExit, match="something was lost: 2 trials"):
+            module.search(options, tmp_path / "search", tmp_path)
+        return
+    fields, table = module.search(options, tmp_path / "search", tmp_path)
+    # With other seeds than that of the search.
+    assert trained == [(2.0, 0.4, 4, 1), (2.0, 0.4, 4, 2), (6.0, 0.5, 8, 1), (6.0, 0.5, 8, 2)]
+    assert "after 2 of its 3 epochs: it came back and the trial is finished with 3 epochs" in table
+    assert "3 trials finished, 0 were stopped, 1 failed." in table
+    assert "| best of the search | V_th = 2, alpha = 0.4, N = 4 | 96.00% | 98.50 ± 0.71 % |" in table
+    assert "| the paper's defaults | V_th = 6, alpha = 0.5, N = 8 | 91.00% | 88.50 ± 0.71 % |" in table
+    assert "alpha of the five best trials: 0.40, 0.60, 0.30." in table
+    assert "The best is the maximum of 3 accuracies on the same 144 validation examples, and too high" in table
+    assert "| mean test accuracy behind the defaults', in points | at most 0 | -10.00 | met |" in table
+    assert (tmp_path / "search.png").is_file()
+    assert json.loads(json.dumps(fields))["killed"] == {"trial": 1, "epochs": 2}
+
+
+def test_a_search_has_verdicts(benchmark):
+    module = benchmark("search")
+    recipe = argparse.Namespace(neuron="if", alpha=0.45)
+    assert [row[-1] for row in module.verdicts(599, [0.9, 0.9], [0.9, 0.9], recipe)] == ["met"] * 3
+    recipe.alpha = 0.7
+    assert [row[-1] for row in module.verdicts(601, [0.9, 0.8], [0.9, 0.9], recipe)] == ["not met"] * 3
+    recipe.neuron = "lif"
+    assert len(module.verdicts(1, [0.9], [0.9], recipe)) == 2
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are found in /proc")
+def test_a_worker_is_killed_in_the_midst_of_a_trial(benchmark, tmp_path):
+    from keras_dsr.tuning.search import Trial, run_folder, write_trial
+
+    module = benchmark("search")
+    (tmp_path / "trials").mkdir()
+    code = "import time; time.sleep(60)"
+    words = [sys.executable, "-S", "-c", code, "keras_dsr.tuning", str(tmp_path), "--worker"]
+    with subprocess.Popen([*words, "worker0"]) as other, subprocess.Popen([*words, "worker1"]) as worker:
+        try:
+            write_trial(tmp_path, Trial(number=0, settings={}, worker="worker0", state="finished"))
+            write_trial(tmp_path, Trial(number=1, settings={}, worker="worker1"))
+            killer = module.Killer(tmp_path, "worker1", after=1)
+            killer.start()
+            killer.join(0.5)
+            assert killer.is_alive()  # no epoch has come to its end
+            run_folder(tmp_path, 1).mkdir()
+            (run_folder(tmp_path, 1) / "history.csv").write_text("epoch\n1\n2\n")
+            killer.join(30)
+            assert killer.killed == {"trial": 1, "epochs": 2}
+            assert worker.wait(10) == -9
+            assert other.poll() is None
+        finally:
+            other.kill()
+            worker.kill()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -20,19 +19,19 @@ ARGUMENTS = {
     "table2.py": (*SMALL, "--recipes", "cifar10-lif", "dvs-cifar10-if"),
     "table3.py": (*SMALL, "--recipes", "cifar10-if-no-firing", "cifar10-if-fixed"),
     "table7.py": (*SMALL, "--recipes", "cifar10-if-4bit"),
+    "train_on_ray.py": ("--folder", "run", "--set", "epochs=1", "--set", "widths=4", "--set", "timesteps=2"),
+    "tune_threshold_alpha.py": ("--smoke", "--workers", "1"),
 }
-
-
-RAY = ("--folder", "run", "--set", "epochs=1", "--set", "widths=4", "--set", "timesteps=2")
+NEEDS = {"train_on_ray.py": "ray", "tune_threshold_alpha.py": "keras_tuner"}
 
 
 @pytest.mark.tensorflow_only
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
 def test_examples(name, tmp_path):
-    if name == "train_on_ray.py" and importlib.util.find_spec("ray") is None:
-        pytest.skip("Ray is not installed")
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
     done = subprocess.run(
-        [sys.executable, EXAMPLES / name, *(RAY if name == "train_on_ray.py" else ARGUMENTS.get(name, ()))],
+        [sys.executable, EXAMPLES / name, *ARGUMENTS.get(name, ())],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -41,7 +40,7 @@ def test_examples(name, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout
-    if name in ARGUMENTS:
+    if "--recipes" in ARGUMENTS.get(name, ()):
         (results,) = tmp_path.glob("runs/*/results.md")
         assert results.read_text().count("\n| cifar10") + results.read_text().count("\n| dvs") == len(
             ARGUMENTS[name][ARGUMENTS[name].index("--recipes") + 1 :]

@@ -12,7 +12,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     "README.md",
-    *(f"docs/{name}.md" for name in ("concepts", "training", "distribution", "export", "serving", "performance")),
+    *(
+        f"docs/{name}.md"
+        for name in ("concepts", "training", "distribution", "tuning", "export", "serving", "performance")
+    ),
 ]
 PAGES += ["CHANGELOG.md"]
 

@@ -97,6 +97,8 @@ def test_settings_reach_the_network(neuron, kind):
     assert {(layer.initial_threshold, layer.alpha, layer.trainable_threshold) for layer in neurons} == {
         (0.7, 0.6, False)
     }
+    assert {layer.threshold_l2 for layer in neurons} == {0.0}
+    assert dataclasses.replace(recipe, threshold_l2=1e-3).neuron_layer().threshold_l2 == 1e-3
     if neuron == "lif":
         assert {(layer.tau, layer.dt) for layer in neurons} == {(3.0, 0.25)}
     assert neurons[0].timesteps == 3

@@ -1,15 +1,16 @@
-"""Pictures of a training run."""
+"""Pictures of a training run, and of several."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.figure
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from keras_dsr.files import replacing
 
@@ -158,6 +159,151 @@ def accuracies(
     figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold", color=_INK)
     with replacing(path) as beside:
         figure.savefig(beside, dpi=120)
+
+
+def search(
+    path: Path,
+    title: str,
+    settings: Mapping[str, tuple[Sequence[Any], bool]],
+    accuracies: Sequence[float | None],
+    states: Sequence[str],
+    timesteps: Sequence[int | None],
+    rates: Sequence[float | None],
+    front: Sequence[bool],
+    best: int,
+    reference: tuple[str, float] | None = None,
+) -> None:
+    """Draws a search: accuracy over each setting, against the firing rate, and against the number of time steps.
+
+    Trials of which nothing is known but that they failed are at the lower edge.
+
+    Args:
+        path: The PNG file to write; it appears whole or not at all.
+        title: Heading of the picture.
+        settings: For each setting that was varied its value in each trial, a number or a text, `None` where a trial has
+            none; and whether its axis is logarithmic.
+        accuracies: Validation accuracy of each trial; `None` where no epoch came to its end.
+        states: Of each trial: "finished", "stopped" or "failed".
+        timesteps: Number N of time steps of each trial.
+        rates: Mean firing rate of each trial; `None` but for finished ones.
+        front: Of each trial, whether none beats it in accuracy, time steps and firing rate together.
+        best: Place of the best trial.
+        reference: Name and accuracy of something to compare with; `None` for nothing.
+    """
+    settings = {name: values for name, values in settings.items() if name != "timesteps"}  # it has a panel anyway
+    panels = len(settings) + 2 + (len(settings) == 2)
+    columns = min(3, panels) if panels != 4 else 2
+    rows = -(-panels // columns)
+    figure = matplotlib.figure.Figure(
+        figsize=(4.3 * columns, 3.6 * rows + 0.9), layout="constrained", facecolor="white"
+    )
+    figure.suptitle(title, x=0.012, ha="left", fontsize=14, fontweight="bold", color=_INK)
+    places = iter(figure.add_gridspec(rows, columns))
+    known = [place for place, accuracy in enumerate(accuracies) if accuracy is not None]
+    found = [accuracies[place] for place in known] + ([reference[1]] if reference else [])
+    low, high = min(found), max(found)
+    margin = 0.06 * max(high - low, 0.02)
+    bottom = low - 2 * margin
+
+    def mark(axes: Axes, x: Sequence[Any], only: Sequence[int], ringed: bool) -> None:
+        groups = (("finished", _COLORS[0], "o"), ("stopped", _COLORS[-1], "v"), ("failed", _COLORS[4], "x"))
+        for state, color, marker in groups:
+            chosen = [place for place in only if states[place] == state]
+            y = [bottom if accuracies[place] is None else accuracies[place] for place in chosen]
+            if chosen:
+                axes.scatter([x[place] for place in chosen], y, s=34, color=color, marker=marker, label=state, zorder=3)
+        ring = [place for place in only if ringed and front[place]]
+        if ring:
+            style = {"s": 120, "facecolors": "none", "edgecolors": _COLORS[1], "linewidths": 1.6, "zorder": 4}
+            axes.scatter([x[p] for p in ring], [accuracies[p] for p in ring], label="none beats it", **style)
+        if best in only:
+            axes.scatter(
+                x[best],
+                accuracies[best],
+                s=150,
+                color=_COLORS[1],
+                marker="*",
+                label="best",
+                zorder=5,
+                edgecolors="white",
+            )
+        if reference is not None:
+            axes.axhline(reference[1], color=_INK, linewidth=0.9, linestyle=":", label=reference[0], zorder=2)
+        axes.set_ylim(bottom - margin, high + 2 * margin)
+
+    handles: dict[str, Any] = {}
+    everything = range(len(states))
+    for name, (values, logarithmic) in settings.items():
+        axes = figure.add_subplot(next(places))
+        shown = [place for place in everything if values[place] is not None]
+        mark(axes, _on_axis(values), shown, ringed=False)
+        if logarithmic:
+            _logarithmic(axes, "x")
+        _panel(axes, f"Accuracy over {name}", name, "validation accuracy")
+        handles |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    if len(settings) == 2:
+        _map(figure, figure.add_subplot(next(places)), settings, accuracies, known, best)
+    finished = [place for place in everything if rates[place] is not None]
+    for x, heading, label in (
+        (rates, "Accuracy against firing rate", "spikes per neuron and time step"),
+        (timesteps, "Accuracy against time steps", "time steps N"),
+    ):
+        axes = figure.add_subplot(next(places))
+        mark(axes, x, finished, ringed=True)
+        if x is rates and len({timesteps[place] for place in finished}) > 1:
+            for place in (place for place in finished if front[place]):
+                at = (rates[place], accuracies[place])
+                style = {"textcoords": "offset points", "fontsize": 8, "color": _INK}
+                axes.annotate(f"N = {timesteps[place]}", at, xytext=(8, 5), **style)
+        _panel(axes, heading, label, "validation accuracy")
+        handles |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=len(handles), frameon=False)
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=120)
+
+
+def _logarithmic(axes: Axes, which: str) -> None:
+    """Makes an axis logarithmic, with its numbers written out: it may have no power of ten."""
+    axes.set(**{f"{which}scale": "log"})
+    axis = getattr(axes, f"{which}axis")
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _on_axis(values: Sequence[Any]) -> list[Any]:
+    """Values as an axis can have them: numbers, or else texts."""
+    numbers = all(isinstance(value, (int, float)) for value in values if value is not None)
+    return list(values) if numbers else [str(value) for value in values]
+
+
+def _map(
+    figure: matplotlib.figure.Figure,
+    axes: Axes,
+    settings: Mapping[str, tuple[Sequence[Any], bool]],
+    accuracies: Sequence[float | None],
+    known: Sequence[int],
+    best: int,
+) -> None:
+    """Both settings of a search, and accuracy as color."""
+    (first, (x, x_logarithmic)), (second, (y, y_logarithmic)) = settings.items()
+    x, y = _on_axis(x), _on_axis(y)
+    colored = axes.scatter(
+        [x[place] for place in known],
+        [y[place] for place in known],
+        c=[accuracies[place] for place in known],
+        cmap="viridis",
+        s=60,
+        zorder=3,
+    )
+    axes.scatter(x[best], y[best], s=230, facecolors="none", edgecolors=_COLORS[1], linewidths=1.8, zorder=4)
+    if x_logarithmic:
+        _logarithmic(axes, "x")
+    if y_logarithmic:
+        _logarithmic(axes, "y")
+    figure.colorbar(colored, ax=axes, label="validation accuracy")
+    _panel(axes, f"{first} and {second}", first, second)
 
 
 # More layers than this are not told apart by color, nor have room for their spikes side by side.

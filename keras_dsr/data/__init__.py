@@ -38,6 +38,12 @@ NAMES = types.MappingProxyType(
 _ALIASES = types.MappingProxyType({"imagenet": "imagenet2012"})
 
 
+def has_events(name: str) -> bool:
+    """Whether a data set is one of recordings, whose events become as many frames as there are time steps."""
+    kind = _ALIASES.get(name, name).partition(":")[0]
+    return kind == "events" or kind in events.DATASETS.keys() - {"folder"}
+
+
 def load(
     name: str,
     *,
@@ -104,7 +110,7 @@ def load(
         kind = name
         data_dir = data_dir or os.environ.get("KERAS_DSR_DATA") or None
 
-    if kind == "events" or kind in events.DATASETS.keys() - {"folder"}:
+    if has_events(name):
         if timesteps is None:
             raise ValueError(f"{name!r} has events, which become frames. Pass timesteps, their number.")
         if validation is not None and not 0 <= validation < 1:

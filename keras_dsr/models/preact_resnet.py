@@ -21,6 +21,7 @@ _STAGES: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {
     56: ((9, 9, 9), (16, 32, 64)),
     110: ((18, 18, 18), (16, 32, 64)),
 }
+DEPTHS = tuple(_STAGES)
 
 
 def preact_resnet(
