@@ -86,7 +86,9 @@ def network(case: Case, folders: dict[str, Path | None], count: int, updates: in
         model = recipe.build(loaded.classes, loaded.input_shape)
         model.set_weights(representation.get_weights())
     parts = [loaded.stored_batches(part, 32, seed=0) for part in (loaded.test, loaded.train)]
-    x = np.concatenate([x for x, _ in parts[0].concatenate(parts[1]).take(-(-count // 32)).as_numpy_iterator()])[:count]
+    # One batch more than they fill: the last one of the test part may be short.
+    batches = parts[0].concatenate(parts[1]).take(-(-count // 32) + 1)
+    x = np.concatenate([x for x, _ in batches.as_numpy_iterator()])[:count]
     images = x.ndim == 4
     preprocessing = Preprocessing(loaded.mean, loaded.std, "uint8") if images else None
     return model, preprocessing, x.astype("uint8" if images else "float32")

@@ -585,11 +585,11 @@ def fit_epochs(
 def dtype_policy(name: str) -> Iterator[None]:
     """What layers made in the block compute in."""
     before = keras.config.dtype_policy()
-    keras.config.setdtype_policy(name)
+    keras.config.set_dtype_policy(name)
     try:
         yield
     finally:
-        keras.config.setdtype_policy(before)
+        keras.config.set_dtype_policy(before)
 
 
 def _check_tensorboard() -> None:
