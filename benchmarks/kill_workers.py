@@ -23,6 +23,7 @@ from workers import Workers
 
 SETTINGS = ("epochs=3", "hybrid_epochs=2", "timesteps=3", "widths=4,8", "train_examples=640", "selection=best")
 HYBRID = ("hybrid_optimizer=sgd", "hybrid_learning_rate=0.05")
+STARTS = 3  # as many tries, if a port is lost
 ROLES = {"worker": [1], "chief": [0], "all": [0, 1]}
 DEVICES = {"tensorflow": "multiworker", "jax": "jax-data-parallel"}
 
@@ -37,10 +38,19 @@ def start(folder: Path, engine: str, settings: tuple[str, ...] = (*SETTINGS, *HY
 
 def whole(folder: Path, engine: str, timeout: float, settings: tuple[str, ...] = (*SETTINGS, *HYBRID)) -> float:
     """Trains to the end, and gives the seconds from the first step to the last checkpoint."""
-    started = start(folder, engine, settings)
-    if not started.wait(timeout):
+    for _ in range(STARTS):
+        started = start(folder, engine, settings)
+        ended_well = started.wait(timeout)
+        if ended_well or not lost_port(started):
+            break
+    if not ended_well:
         raise SystemExit(f"the training failed:\n{started.told()}")
     return (folder / "checkpoint.npz").stat().st_mtime - (folder / "environment.json").stat().st_mtime
+
+
+def lost_port(started: Workers) -> bool:
+    """Whether another program of the machine took a port between the search for it and the start."""
+    return "is taken by another process" in started.told()
 
 
 def killed(
@@ -68,6 +78,23 @@ def killed(
     Returns:
         Whether all still ran then, and the processes, which have ended.
     """
+    for _ in range(STARTS):
+        ran, started = _killed(folder, engine, role, after, timeout, settings, patience, epochs)
+        if not lost_port(started):
+            break
+    return ran, started
+
+
+def _killed(
+    folder: Path,
+    engine: str,
+    role: str,
+    after: float,
+    timeout: float,
+    settings: tuple[str, ...],
+    patience: float,
+    epochs: int,
+) -> tuple[bool, Workers]:
     deadline = time.monotonic() + timeout
     started = start(folder, engine, settings)
     try:

@@ -65,11 +65,26 @@ SMALL = {
 
 
 def train(task: dict[str, Any]) -> None:
-    """Trains in this process, which may be one of several, and writes weights and times to the task's folder."""
+    """Trains in this process, which may be one of several, and writes weights and times to the task's folder.
+
+    Args:
+        task: "settings", "strategy", "data_dir", "folder" and "steps"; for tests also "every", after how many steps
+            weights are written, a divisor of their number, and "threshold_l2", a penalty on thresholds, which recipes
+            leave to the decay of weights.
+    """
     import keras
 
     from keras_dsr import checkpoints, recipes, training
     from keras_dsr.data.augmentation import Augmentation
+    from keras_dsr.layers.neurons import neurons_of
+
+    every = task.get("every", task["steps"])
+
+    class Keeper(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+            paths = [weight.path for weight in self.model.weights]
+            path = Path(task["folder"]) / f"weights_{(epoch + 1) * every}.npz"
+            checkpoints.save(path, self.model, {"paths": paths}, write=devices.is_chief)
 
     class Clock(keras.callbacks.Callback):
         def __init__(self) -> None:
@@ -87,31 +102,32 @@ def train(task: dict[str, Any]) -> None:
         recipe.batch_size,
         seed=recipe.seed,
         augmentation=Augmentation(recipe.augmentation, padding=recipe.padding, cutout=recipe.cutout),
-        epochs=task["steps"],
+        epochs=task["steps"],  # more than enough
     )
     clock = Clock()
     with devices.scope():
         keras.utils.set_random_seed(recipe.seed)
         model = devices.prepare(recipe.build(loaded.classes, loaded.input_shape))
+        if "threshold_l2" in task:
+            for neuron in neurons_of(model):
+                neuron.threshold.regularizer = keras.regularizers.L2(task["threshold_l2"])
         training.compile_model(model, recipe, task["steps"], jit_compile=devices.jit_compile("auto"))
         model.fit(
             devices.training_batches(batches, recipe.batch_size),
-            steps_per_epoch=task["steps"],
+            steps_per_epoch=every,
+            epochs=task["steps"] // every,
             shuffle=False,
-            callbacks=[clock],
+            callbacks=[clock, Keeper()],
             verbose=0,
         )
-        paths = [weight.path for weight in model.weights]
-        folder = Path(task["folder"])
-        checkpoints.save(folder / "weights.npz", model, {"paths": paths}, write=devices.is_chief)
     if devices.is_chief:
         seconds = [b - a for a, b in zip(clock.at, clock.at[1:], strict=False)][2:]
-        (folder / "seconds.json").write_text(json.dumps(seconds))
+        (Path(task["folder"]) / "seconds.json").write_text(json.dumps(seconds))
 
 
-def weights(folder: Path) -> dict[str, np.ndarray]:
-    """Weights of a model by their paths, without the optimizer's."""
-    arrays = dict(np.load(folder / "weights.npz"))
+def weights(folder: Path, steps: int) -> dict[str, np.ndarray]:
+    """Weights of a model by their paths, without the optimizer's, after so many steps."""
+    arrays = dict(np.load(folder / f"weights_{steps}.npz"))
     paths = json.loads(str(arrays.pop("progress")))["paths"]
     own = [array for name, array in arrays.items() if name.startswith("model/") and "seed_generator" not in name]
     kept = [path for path in paths if "seed_generator" not in path]
@@ -170,11 +186,11 @@ def main() -> None:
             folder = Path(temporary) / str(number)
             measure(case, task, folder, options.timeout)
             if name == "one device":
-                reference = weights(folder)
+                reference = weights(folder, options.steps)
             seconds = statistics.median(json.loads((folder / "seconds.json").read_text()))
             if name == "one device":
                 alone = seconds
-            row = {"engine": engine, "case": name, **differences(reference, weights(folder))}
+            row = {"engine": engine, "case": name, **differences(reference, weights(folder, options.steps))}
             rows.append({**row, "step_s": seconds, "of_one_device": seconds / alone})
             print(rows[-1], flush=True)
     host = machine()

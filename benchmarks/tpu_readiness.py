@@ -14,6 +14,7 @@ import argparse
 import os
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # or JAX looks for the TPU that libtpu belongs to
 
 from measure import machine, markdown, write
 

@@ -438,6 +438,11 @@ def _check_tpu(options: argparse.Namespace) -> None:
         from keras_dsr import tpu
     except ModuleNotFoundError as error:
         raise ImportError("Compiling for TPUs needs JAX and libtpu: pip install 'keras-dsr[tpu]'.") from error
+    import jax
+
+    if not jax.config.jax_platforms:
+        # This process is here for nothing else. Without it JAX looks for the TPU that libtpu belongs to.
+        jax.config.update("jax_platforms", "cpu")
     recipe = _recipe(options, ())
     findings = []
     for finding in tpu.check(recipe, topology=options.topology, data_dir=options.data_dir):

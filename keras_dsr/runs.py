@@ -241,11 +241,25 @@ def check_environment(folder: Path, devices: Mapping[str, Any] = _ONE_DEVICE) ->
             f"{folder} was begun with the Keras backend {before['backend']!r} and goes on to the same weights only "
             f"with it. Received {keras.backend.backend()!r}; set KERAS_BACKEND={before['backend']}."
         )
-    begun = before.get("devices", _ONE_DEVICE)
+    check_devices(folder, before.get("devices", _ONE_DEVICE), devices)
+
+
+def check_devices(path: Path, begun: Mapping[str, Any], devices: Mapping[str, Any]) -> None:
+    """Makes sure that a run goes on with the devices that it was begun on.
+
+    Args:
+        path: The run folder, or the file that says so, for the error.
+        begun: What it was begun on, as `keras_dsr.distribution.Strategy.facts` says.
+        devices: What it is to go on with, likewise.
+
+    Raises:
+        ValueError: if they differ.
+    """
     if begun != devices:
-        pairs = ", ".join(f"{name}={begun.get(name)!r} and received {devices.get(name)!r}" for name in begun | devices)
+        names = {**begun, **devices}
+        pairs = ", ".join(f"{name}={begun.get(name)!r} and received {devices.get(name)!r}" for name in names)
         raise ValueError(
-            f"{folder} was begun on other devices and goes on to the same weights only with as many. Expected {pairs}. "
+            f"{path} was begun on other devices and goes on to the same weights only with as many. Expected {pairs}. "
             "Choose devices and replicas as they were, or name another folder."
         )
 

@@ -9,7 +9,6 @@ memory.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -93,7 +92,10 @@ class Readiness:
 
     @property
     def ready(self) -> bool:
-        """Whether all shapes are fixed, the step compiles, and no collective stands in a loop."""
+        """Whether all shapes are fixed, the step compiles, and no collective stands in a loop.
+
+        With `loop="unrolled"` there is no loop to see: then a collective for each time step shows in their number.
+        """
         return not self.dynamic and self.error is None and not any(each.in_loop for each in self.collectives)
 
     @property
@@ -132,8 +134,8 @@ def check(
         input_shape: Shape of one input; `None` for the data set's. CIFAR and ImageNet need not be at hand.
         data_dir: Where other data sets are, see `keras_dsr.data.load`.
 
-    Yields:
-        One finding a stage.
+    Returns:
+        One finding a stage; each is compiled as it is asked for.
 
     Raises:
         ValueError: if Keras does not run on JAX, there is no such topology, or the batch cannot be spread evenly.
@@ -156,8 +158,11 @@ def check(
     if found is not None:
         spec = found.training_batches(recipe.batch_size, seed=0).element_spec
         dynamic = [f"training batches, {each}" for each in spec if None in tuple(each.shape)]
-    for stage, model in training.stages(recipe, classes, input_shape):
-        yield _check(model, f"{recipe.name}, {stage} stage", recipe.batch_size, topology, mesh, dynamic)
+    _check_batch_size(recipe.batch_size, topology, mesh)
+    return (
+        _check(model, f"{recipe.name}, {stage} stage", recipe.batch_size, topology, mesh, dynamic)
+        for stage, model in training.stages(recipe, classes, input_shape)
+    )
 
 
 def check_model(model: keras.Model, batch_size: int, *, topology: str = TOPOLOGY) -> Readiness:
@@ -168,15 +173,25 @@ def check_model(model: keras.Model, batch_size: int, *, topology: str = TOPOLOGY
         batch_size: Examples in a global batch.
         topology: As in `check`.
 
+    Returns:
+        What came of it.
+
     Raises:
         ValueError: as `check` does.
         ImportError: as `check` does.
     """
-    return _check(model, model.name, batch_size, topology, _mesh(topology), [])
+    mesh = _mesh(topology)
+    _check_batch_size(batch_size, topology, mesh)
+    return _check(model, model.name, batch_size, topology, mesh, [])
 
 
 def write(path: Path, findings: list[Readiness]) -> None:
-    """Writes findings as JSON."""
+    """Writes findings as JSON.
+
+    Args:
+        path: The file; it is replaced as a whole.
+        findings: Of `check` or `check_model`.
+    """
     rows = [{**dataclasses.asdict(each), "ready": each.ready} for each in findings]
     with replacing(path) as beside:
         beside.write_text(json.dumps(rows, indent=2) + "\n")
@@ -197,9 +212,6 @@ def _mesh(topology: str) -> jax.sharding.Mesh:
     # Nothing asks a server of Google's what this machine is, and several processes may compile.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    if not jax.config.jax_platforms:
-        with contextlib.suppress(RuntimeError):  # it runs already
-            jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
     try:
@@ -209,14 +221,18 @@ def _mesh(topology: str) -> jax.sharding.Mesh:
     return jax.sharding.Mesh(np.asarray(devices).reshape(-1), ("batch",))
 
 
-def _check(
-    model: keras.Model, name: str, batch_size: int, topology: str, mesh: jax.sharding.Mesh, dynamic: list[str]
-) -> Readiness:
+def _check_batch_size(batch_size: int, topology: str, mesh: jax.sharding.Mesh) -> None:
     replicas = mesh.devices.size
     if batch_size % replicas:
         raise ValueError(
             f"A batch is spread evenly over the {replicas} cores of {topology}. Received batch_size={batch_size!r}."
         )
+
+
+def _check(
+    model: keras.Model, name: str, batch_size: int, topology: str, mesh: jax.sharding.Mesh, dynamic: list[str]
+) -> Readiness:
+    replicas = mesh.devices.size
     dynamic = dynamic + [
         f"output of layer {layer.name!r}, {tuple(tensor.shape)}"
         for layer in model.layers
@@ -249,8 +265,11 @@ def _check(
     try:
         traced = step.trace(state, batch)
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
-    except Exception as error:  # whatever the compiler has to say is a finding
-        refused = _refused(jax.make_jaxpr(model.train_step)(state, batch), mesh)
+    except Exception as error:  # whatever JAX or the compiler has to say is a finding
+        try:
+            refused = _refused(jax.make_jaxpr(model.train_step)(state, batch), mesh)
+        except Exception:  # it cannot even be traced: there are no operations to try
+            refused = []
         return Readiness(name, topology, replicas, batch_size, (), tuple(refused), _short(error), (), 0.0, None)
     seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()
@@ -312,6 +331,9 @@ def collectives_of(text: str) -> list[Collective]:
 
     Args:
         text: The optimised HLO module, `jax.stages.Compiled.as_text()`.
+
+    Returns:
+        Each collective of the text, in its order.
     """
     computations: dict[str, list[str]] = {}
     lines: list[str] = []

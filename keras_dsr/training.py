@@ -16,7 +16,7 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ __all__ = ["compile_model", "evaluate", "load", "pack", "stages", "strategy", "t
 _CALIBRATION_EXAMPLES = 2048
 # Spike trains are a hundred times the size of their input; rates need no more examples than this, drawn at random.
 _RATE_EXAMPLES = 2000
+# Of several processes: weights from one stage to the next.
+_CALIBRATED = "calibrated.npz"
 # Compiling the representation network by XLA takes seconds and then saves a fifth of each step on a CPU.
 _STEPS_WORTH_COMPILING = 1000
 
@@ -186,9 +188,9 @@ def train(
     Raises:
         ValueError: if a loss, weight or threshold becomes NaN or infinite on the way; the folder is that of a run with
             other settings, or on other devices; a batch cannot be spread evenly over the replicas; or processes
-            differ in versions, recipe or checkpoint.
+            differ in versions, recipe or data, or another one failed to load it.
         ConnectionError: if another process of the training is gone.
-        FileNotFoundError: if the data set is not there.
+        FileNotFoundError: if the data set is not there, or processes do not see the same folder.
         FileExistsError: if the folder has files but is not that of a run.
         BlockingIOError: if another process is training in the folder.
         ImportError: if TensorBoard's logs are asked for and the package is not installed.
@@ -207,23 +209,48 @@ def train(
 
         devices.agree("recipe", recipe.to_json())
         devices.on_chief(begin)
-        if not (folder / "recipe.json").is_file():
-            raise FileNotFoundError(
-                f"The chief has made {folder}, and it is not seen here. All processes of a training need the same "
-                "folder."
-            )
-        finished = (folder / "summary.json").is_file()
-        devices.agree("state of the run folder", json.dumps([finished, _digest(folder / "checkpoint.npz")]))
-        if finished:
+        devices.see(folder / "recipe.json")
+        if devices.see(folder / "summary.json"):
             return runs.summary_of(folder)
-        loaded = load(recipe, data_dir=data_dir, download=download)
-        model, state = _run_stages(recipe, folder, devices, loaded, tensorboard, verbose)
+        begun = devices.see(folder / "checkpoint.npz")
+        loaded = _load_everywhere(devices, lambda: load(recipe, data_dir=data_dir, download=download))
+        model, state = _run_stages(recipe, folder, devices, loaded, begun, tensorboard, verbose)
         return _finish(recipe, folder, devices, loaded, state, model)
 
 
-def _digest(path: Path) -> str | None:
-    """What tells a file from another; `None` if there is none."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+def _load_everywhere(devices: Strategy, action: Callable[[], DataSet]) -> DataSet:
+    """The data set in all processes, which is the same in each.
+
+    The chief is first, and alone: it may download, or keep frames, where the others look.
+
+    Args:
+        devices: Where to train.
+        action: Loads the data set.
+
+    Raises:
+        ValueError: if another process failed, or has other data.
+    """
+    loaded = devices.on_chief(action)
+    loaded = devices.everyone(lambda: loaded if devices.is_chief else action())
+    devices.agree("data set", json.dumps(_about(loaded)))
+    return loaded
+
+
+def _about(loaded: DataSet) -> dict[str, Any]:
+    """What two data sets have in common if they are the same, as far as labels and statistics tell."""
+    labels = hashlib.sha256()
+    parts = (loaded.train, loaded.validation, loaded.test)
+    for part in parts:
+        if part.labels is not None:
+            labels.update(np.asarray(part.labels, "int64").tobytes())
+    return {
+        "examples": [len(part) for part in parts],
+        "classes": loaded.classes,
+        "input_shape": list(loaded.input_shape),
+        "mean": [float(x) for x in loaded.mean],
+        "std": [float(x) for x in loaded.std],
+        "labels": labels.hexdigest(),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,7 +305,8 @@ def fit(
         runs.open_folder(recipe, folder)
         loaded = load(recipe, data_dir=data_dir) if loaded is None else loaded
         require_validation(recipe, loaded)
-        model, state = _run_stages(recipe, folder, strategy(), loaded, False, verbose, callbacks)
+        begun = (folder / "checkpoint.npz").is_file()
+        model, state = _run_stages(recipe, folder, strategy(), loaded, begun, False, verbose, callbacks)
         rows = [row for row in state["rows"] if row["stage"] == _plans(recipe)[-1].name]
         last = rows[-1]["val_accuracy"] if rows else state["calibrated"]
         return Fitted(
@@ -295,24 +323,36 @@ def _run_stages(
     folder: Path,
     devices: Strategy,
     loaded: DataSet,
+    begun: bool,
     tensorboard: bool,
     verbose: int | str,
     callbacks: Sequence[keras.callbacks.Callback] = (),
 ) -> tuple[keras.Model, dict[str, Any]]:
-    """Trains what is left of all stages, and gives the last one's model and how the training went."""
+    """Trains what is left of all stages, and gives the last one's model and how the training went.
+
+    Args:
+        recipe: The recipe.
+        folder: The run folder.
+        devices: Where to train.
+        loaded: The data set.
+        begun: Whether there is a checkpoint to go on from.
+        tensorboard: Whether to write TensorBoard's logs.
+        verbose: As in `keras.Model.fit`.
+        callbacks: As in `fit`.
+    """
     devices.on_chief(lambda: runs.check_environment(folder, devices.facts()))
     state: dict[str, Any] = {"rows": [], "stage": -1, "epoch": 0, "best": [0, -1.0], "calibrated": None}
-    if (folder / "checkpoint.npz").is_file():
-        state = checkpoints.progress(folder / "checkpoint.npz")
+    if begun:
+        state = devices.everyone(lambda: checkpoints.progress(folder / "checkpoint.npz"))
+        runs.check_devices(folder / "checkpoint.npz", state.get("devices", devices.facts()), devices.facts())
+    state["devices"] = devices.facts()
 
     model = None
     plans = _plans(recipe)
     for plan in plans:
         if plan.number < state["stage"]:
             continue
-        weights = None if model is None else _calibrated(model, recipe, plan, loaded)
-        if weights is not None:
-            devices.agree("calibrated weights", hashlib.sha256(b"".join(w.tobytes() for w in weights)).hexdigest())
+        weights = None if model is None else _calibrated_by_chief(devices, folder, model, recipe, plan, loaded)
         model = None  # its memory is for the next stage
         more = callbacks if plan is plans[-1] else ()
         model = _run_stage(recipe, plan, folder, devices, loaded, state, weights, tensorboard, verbose, more)
@@ -363,6 +403,34 @@ def require_validation(recipe: Recipe, loaded: DataSet) -> None:
             f"Settings are compared on validation examples, and {recipe.data!r} has none with "
             f"validation={recipe.validation!r}. Set validation higher."
         )
+
+
+def _calibrated_by_chief(
+    devices: Strategy, folder: Path, model: keras.Model, recipe: Recipe, plan: _Plan, loaded: DataSet
+) -> list[np.ndarray]:
+    """What `_calibrated` gives, the same in all processes to the last bit, whatever processors they have.
+
+    Args:
+        devices: Where to train.
+        folder: The run folder, through which the chief's weights come to the others.
+        model: As for `_calibrated`.
+        recipe: As for `_calibrated`.
+        plan: As for `_calibrated`.
+        loaded: As for `_calibrated`.
+    """
+    if devices.processes == 1:
+        return _calibrated(model, recipe, plan, loaded)
+    path = folder / _CALIBRATED
+
+    def calibrate() -> None:
+        weights = _calibrated(model, recipe, plan, loaded)
+        with replacing(path) as beside:
+            np.savez(beside, **{f"{number:06d}": weight for number, weight in enumerate(weights)})
+
+    devices.on_chief(calibrate)
+    devices.see(path)
+    with np.load(path) as archive:
+        return [archive[name] for name in sorted(archive)]
 
 
 def _calibrated(model: keras.Model, recipe: Recipe, plan: _Plan, loaded: DataSet) -> list[np.ndarray]:
@@ -425,7 +493,8 @@ def _run_stage(
         model = devices.prepare(_build(recipe, plan, loaded.classes, loaded.input_shape))
         _compile(model, recipe, plan, steps, devices.jit_compile(jit_compile))
         _fit(model, recipe, plan, folder, devices, loaded, state, weights, tensorboard, verbose, more)
-        if last and (folder / "best.npz").is_file():
+        # After the last epoch the chief may still be at writing it.
+        if last and devices.see(folder / "best.npz"):
             checkpoints.restore(folder / "best.npz", model)
         if devices.name == "one":
             return model
@@ -620,6 +689,8 @@ def _finish(
     recipe: Recipe, folder: Path, devices: Strategy, loaded: DataSet, state: dict[str, Any], model: keras.Model
 ) -> Summary:
     devices.on_chief(lambda: _write_results(recipe, folder, loaded, state, model))
+    for name in ("model.keras", "summary.json"):
+        devices.see(folder / name)
     return runs.summary_of(folder)
 
 
@@ -661,6 +732,7 @@ def _write_results(recipe: Recipe, folder: Path, loaded: DataSet, state: dict[st
     )
     if recipe.timesteps and rows:
         _draw(folder / "figure.png", model, recipe, loaded, state, summary)
+    (folder / _CALIBRATED).unlink(missing_ok=True)
     runs.write(folder / "summary.json", summary.to_json())
 
 

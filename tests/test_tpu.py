@@ -84,7 +84,7 @@ def test_what_counts_as_ready(tmp_path):
 @pytest.mark.tensorflow_only
 def test_on_tensorflow_it_says_what_to_set(capsys):
     with pytest.raises(ValueError, match=r"compiled for TPUs by JAX\. Set KERAS_BACKEND=jax"):
-        next(tpu.check(TINY))
+        tpu.check(TINY)
     assert cli.main(["check-tpu", "digits"]) == 1
     assert "Set KERAS_BACKEND=jax" in capsys.readouterr().err
 
@@ -93,9 +93,9 @@ def test_on_tensorflow_it_says_what_to_set(capsys):
 def test_without_the_compiler_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     with pytest.raises(ImportError, match=r"pip install 'keras-dsr\[tpu\]'"):
-        next(tpu.check(TINY))
+        tpu.check(TINY)
     with pytest.raises(ValueError, match="given together"):
-        next(tpu.check(TINY, classes=10))
+        tpu.check(TINY, classes=10)
 
 
 @pytest.fixture
@@ -144,6 +144,25 @@ def test_operations_that_do_not_compile_are_listed(compiler):
     assert "refused: eig(" in "\n".join(found.lines())
 
 
+@JAX_ONLY
+def test_a_step_that_cannot_be_traced_is_a_finding():
+    """That needs no compiler for TPUs."""
+    import jax
+    import numpy as np
+
+    class Broken(keras.layers.Layer):
+        def call(self, x):
+            if x.shape[0] == 8:  # of the step, and of nothing before it
+                raise RuntimeError("eight are too many")
+            return x
+
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("batch",))
+    found = tpu._check(classifier(Broken()), "broken", 8, "none", mesh, [])
+    assert not found.ready
+    assert "eight are too many" in found.error
+    assert found.refused == ()
+
+
 def test_shapes_that_are_not_fixed_are_listed(compiler):
     inputs = keras.Input((None, 4))
     model = keras.Model(inputs, keras.layers.Dense(3)(keras.layers.GlobalAveragePooling1D()(inputs)))
@@ -158,4 +177,4 @@ def test_what_does_not_fit_a_topology(compiler):
     with pytest.raises(ValueError, match=r"evenly over the 4 cores of v5e:2x2\. Received batch_size=6"):
         tpu.check_model(classifier(keras.layers.Dense(2)), 6)
     with pytest.raises(ValueError, match="There is no TPU topology 'v5e:3'"):
-        next(tpu.check(TINY, topology="v5e:3"))
+        tpu.check(TINY, topology="v5e:3")

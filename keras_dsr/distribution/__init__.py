@@ -51,7 +51,8 @@ def strategy(
     Args:
         devices: One of `DEVICES`; `None` for the one device that Keras takes by itself.
         replicas: How many replicas there must be, over all processes. Where there is no GPU or TPU, so many CPU devices
-            are made. `None` for as many as there are devices.
+            are made; but not for "multiworker", which has one CPU in each process. `None` for as many as there are
+            devices.
         synchronized: Whether normalization takes its statistics over all replicas. On JAX it always does.
         jit_compile: Under `tf.distribute` XLA cannot compile a whole training step: whether it compiles the simulation
             of each neuron layer by itself; "auto" on GPUs. TPUs and JAX compile all there is.
@@ -65,6 +66,7 @@ def strategy(
         ValueError: if the Keras backend has no such strategy, there are not so many replicas, TF_CONFIG or the
             variables of `keras.distribution.initialize` are wrong, or the processes have other versions.
         OSError: if the port of this process is taken.
+        ConnectionError: if other processes do not come, or are gone at once.
     """
     backend = keras.backend.backend()
     if devices is None:
@@ -103,9 +105,11 @@ def strategy(
     if replicas is not None and made.devices != replicas:
         raise ValueError(
             f"{replicas} replicas were asked for, and there are {made.devices}: {made.description}. Correct replicas, "
-            "or see to it that all devices are visible and all processes are started."
+            "or see to it that all devices are visible and all processes are started. Without GPUs each process of "
+            "'multiworker' has one CPU."
         )
-    made.check_versions()
+    with as_known_error(made):  # what all of them do together first
+        made.check_versions()
     return made
 
 

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib.metadata
+import importlib
 import json
 import platform
 import re
 import socket
+import sys
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
 
 import keras_dsr
+from keras_dsr.files import digest
 
 if TYPE_CHECKING:
     import tensorflow as tf
 
-# What the sums of two processes depend on, beside their processors.
-_PACKAGES = ("keras", "tensorflow", "jax", "jaxlib", "numpy")
+# What the sums of two processes depend on, beside their processors: modules, as one comes in packages of several names.
+_MODULES = {"tensorflow": ("keras", "numpy", "tensorflow"), "jax": ("keras", "numpy", "tensorflow", "jax", "jaxlib")}
+# Within this time a network file system shows all machines what one of them wrote.
+_SEEN_WITHIN_S = 60.0
 # Of the texts that processes compare, how much they exchange.
 TEXT_BYTES = 2**14
 
@@ -62,7 +68,15 @@ class Strategy:
         return contextlib.nullcontext()
 
     def prepare(self, model: keras.Model) -> keras.Model:
-        """The model to compile and train in place of one that was built in `scope`, with the same layers."""
+        """The model to compile and train in place of one that was built in `scope`, with the same layers.
+
+        Under `tf.distribute` these are marked with how they run (`synchronized` of normalizations, which stands in
+        their config, and `jit_compile` of neurons). For a model without marks, `keras_dsr.checkpoints.copy` the trained
+        one into one that is built and compiled anew, outside of `scope`.
+
+        Raises:
+            ValueError: if the strategy cannot train such a model.
+        """
         return model
 
     def jit_compile(self, wanted: bool | str) -> bool | str:
@@ -152,33 +166,79 @@ class Strategy:
         Raises:
             ValueError: in the others, if the chief failed; there, the error itself.
         """
+        result, told = self._tried(action if self.is_chief else None)
+        if told[0]:
+            raise ValueError(f"The chief failed: {told[0]}")
+        return result
+
+    def everyone(self, action: Callable[[], Any]) -> Any:
+        """Has each process do something, and makes sure that all could.
+
+        Returns:
+            What it came to in this process.
+
+        Raises:
+            ValueError: if another process failed; in that one, the error itself.
+        """
+        result, told = self._tried(action)
+        failed = [process for process, text in enumerate(told) if text]
+        if failed:
+            raise ValueError(f"Process {failed[0]} failed: {told[failed[0]]}")
+        return result
+
+    def _tried(self, action: Callable[[], Any] | None) -> tuple[Any, list[str]]:
+        """What an action came to, and the error of each process, or ""; raises this one's."""
         error, result = None, None
-        if self.is_chief:
+        if action is not None:
             try:
                 result = action()
             except Exception as raised:  # told to the others, then raised
                 error = raised
-        told = self.gather("" if error is None else f"{type(error).__name__}: {error}")[0]
+        told = self.gather("" if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
             raise error
-        if told:
-            raise ValueError(f"The chief failed: {told}")
-        return result
+        return result, told
+
+    def see(self, path: Path) -> bool:
+        """Waits until all processes see a file as the chief does, which may have written it just now.
+
+        A network file system may show it to others some seconds late.
+
+        Returns:
+            Whether there is such a file.
+
+        Raises:
+            FileNotFoundError: in all processes, if one does not see it, or sees another, after a minute.
+        """
+        mine = digest(path) or ""
+        wanted = self.gather(mine)[0]
+        deadline = time.monotonic() + _SEEN_WITHIN_S
+        while mine != wanted and time.monotonic() < deadline:
+            time.sleep(0.2)
+            mine = digest(path) or ""
+        found = self.gather(mine)
+        other = [process for process, text in enumerate(found) if text != wanted]
+        if other:
+            theirs = "another" if found[other[0]] else "none"
+            raise FileNotFoundError(
+                f"All processes of a training need the same folder. The chief has {path if wanted else f'no {path}'}, "
+                f"and process {other[0]} has {theirs if wanted else 'one'} there."
+            )
+        return bool(wanted)
 
     def lost(self, error: BaseException) -> bool:
         """Whether an error says that another process is gone."""
         return False
 
 
-def versions() -> dict[str, str | None]:
-    """The versions that all processes of a training must share; `None` for a package that is not there."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "keras_dsr": keras_dsr.__version__}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+def versions() -> dict[str, str]:
+    """The versions that all processes of a training must share, of the Keras backend and of what it runs with."""
+    modules = _MODULES[keras.backend.backend()]
+    return {
+        "python": platform.python_version(),
+        "keras_dsr": keras_dsr.__version__,
+        **{name: importlib.import_module(name).__version__ for name in modules},
+    }
 
 
 def as_row(text: str) -> np.ndarray:
@@ -193,6 +253,21 @@ def as_row(text: str) -> np.ndarray:
 def as_text(row: np.ndarray) -> str:
     """The text of a row that `as_row` made."""
     return bytes(row.astype("uint8")).rstrip(b"\0").decode(errors="replace")
+
+
+def tell_waiting(process: int, processes: int, addresses: list[str]) -> None:
+    """Says on standard error for what this process waits, as the engines wait without a word.
+
+    Args:
+        process: Which of the processes this is.
+        processes: How many there are.
+        addresses: Of all processes, or of the first one alone, where they meet.
+    """
+    if len(addresses) == processes:
+        addresses = [address for number, address in enumerate(addresses) if number != process]
+    if processes > 1:
+        where = ", ".join(addresses)
+        print(f"Process {process} of {processes} waits for the others: {where}", file=sys.stderr, flush=True)
 
 
 def check_port(address: str, variable: str) -> None:

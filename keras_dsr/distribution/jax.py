@@ -93,7 +93,8 @@ class _Distributed(base.Strategy):
         return f"{super().description}; {', '.join(map(str, jax.devices()))}"
 
     def facts(self) -> dict[str, Any]:
-        return {**super().facts(), "devices": self.devices}
+        facts = {**super().facts(), "devices": self.devices}
+        return facts | ({"wide": self.engine.wide} if isinstance(self.engine, _WideKernels) else {})
 
     @contextlib.contextmanager
     def scope(self) -> Any:
@@ -151,9 +152,15 @@ def _initialize(replicas: int | None) -> int | None:
             if index == 0:
                 base.check_port(addresses.split(",")[0], _VARIABLES[0])
             _make_cpu_devices(None if replicas is None else replicas // count)
+            base.tell_waiting(index, count, addresses.split(","))
             try:
                 keras.distribution.initialize()
             except RuntimeError as error:
+                if any(sign in str(error) for sign in ("DEADLINE_EXCEEDED", "UNAVAILABLE")):
+                    raise ConnectionError(
+                        f"The other {count - 1} processes were not met at {addresses} in time: {error} Start all of "
+                        "them within a few minutes, and see to it that they reach that address."
+                    ) from error
                 raise ValueError(
                     f"This process cannot join the other {count - 1}: {error} Ask for the strategy before anything "
                     "else of JAX is used in the process."

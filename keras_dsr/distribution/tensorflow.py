@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
+from keras_dsr import graph
 from keras_dsr.data.parts import padded
 from keras_dsr.distribution import base
 from keras_dsr.layers.neurons import neurons_of
@@ -29,8 +30,7 @@ def make(devices: str, replicas: int | None, synchronized: bool, jit_compile: bo
         return _Distributed(devices, _tpu(), synchronized, jit_compile)
     task, workers = _tf_config()
     base.check_port(workers[task], "TF_CONFIG")
-    if replicas is not None and replicas % len(workers) == 0:
-        _local_devices(replicas // len(workers))
+    base.tell_waiting(task, len(workers), workers)
     engine = tf.distribute.MultiWorkerMirroredStrategy()
     if engine.extended._num_workers != len(workers):
         raise ValueError(f"TF_CONFIG names {len(workers)} workers, and {engine.extended._num_workers} take part.")
@@ -70,6 +70,9 @@ class _Distributed(base.Strategy):
     @property
     def description(self) -> str:
         return f"{super().description}; of this process {', '.join(self.engine.extended.worker_devices)}"
+
+    def facts(self) -> dict[str, Any]:
+        return {**super().facts(), "synchronized": self.synchronized}
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
         return self.engine.scope()
@@ -112,6 +115,7 @@ class _MultiWorker(_Distributed):
     """`MultiWorkerMirroredStrategy`: one process a worker."""
 
     def prepare(self, model: keras.Model) -> keras.Model:
+        graph.functional(model)  # raises, if it is none
         model = super().prepare(model)
         return MultiWorkerModel(model.input, model.output, name=model.name)
 
@@ -159,9 +163,11 @@ class MultiWorkerModel(keras.Model):
         return self.distribute_strategy.experimental_local_results(value)[0]
 
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
+        """As Keras's, with logs of shape (1,)."""
         return {name: ops.reshape(value, (1,)) for name, value in super().train_step(data).items()}
 
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
+        """As Keras's, with logs of shape (1,)."""
         return {name: ops.reshape(value, (1,)) for name, value in super().test_step(data).items()}
 
 

@@ -24,7 +24,7 @@ import tensorflow as tf
 
 from keras_dsr import graph
 from keras_dsr.layers import ToStream
-from keras_dsr.layers.neurons import SpikingNeuron
+from keras_dsr.layers.neurons import SpikingNeuron, neurons_of
 from keras_dsr.stepping import Stepper, takes_frames
 
 SIGNATURES = ("serving_default", "step", "initial_state", "trace")
@@ -116,6 +116,9 @@ class Network:
                 f"Preprocessing has numbers for {len(preprocessing.mean)} channels, and model {model.name!r} takes "
                 f"{channels}."
             )
+        if any(neuron.jit_compile for neuron in neurons_of(model)):
+            # A strategy's mark, under which it was trained: what is exported must run without XLA too.
+            model = _unmarked(model)
         self.model = model
         self.preprocessing = preprocessing
         self.classifier = classifier
@@ -301,6 +304,15 @@ class Network:
         if not self.classifier:
             return {"output": output}
         return {"logits": output, "probabilities": tf.nn.softmax(output), "class": tf.argmax(output, axis=-1)}
+
+
+def _unmarked(model: keras.Model) -> keras.Model:
+    """A copy of a model, as its config says: whether XLA compiles spikes alone is no part of that."""
+    copy = keras.models.clone_model(
+        model, clone_function=lambda layer: type(layer).from_config(layer.get_config()), recursive=True
+    )
+    copy.set_weights(model.get_weights())
+    return copy
 
 
 def named(function: Callable[[dict[str, Any]], dict[str, Any]], specs: dict[str, tf.TensorSpec]) -> Any:

@@ -188,7 +188,8 @@ class SpikingNeuron(StreamLayer):
             decay=self.coding.decay,
             scale=self.scale,
             timesteps=self.representation_steps,
-            loop="unrolled",  # what it puts out at each step is not asked for, and so not computed
+            # What it puts out at each step is not asked for, and so not computed; compiled alone by XLA, it would be.
+            loop="unrolled",
         )
         return coded
 
