@@ -2,6 +2,7 @@
 
 A run folder holds `recipe.json`, `environment.json`, `checkpoint.npz` and `history.csv` from its first epoch on,
 `best.npz` where the best epoch is the result, and `model.keras`, `summary.json` and `figure.png` once it is finished.
+Where several processes train, `calibrated.npz` is there from the end of a hybrid training's first stage to its end.
 Each file appears whole or not at all.
 """
 

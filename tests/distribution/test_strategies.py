@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 import socket
+import sys
 
 import helpers
 import keras
@@ -117,6 +118,9 @@ def test_processes_must_agree():
 
 def test_processes_with_other_versions_are_named():
     mine = base.versions()
+    # Of what runs, in whatever package it came.
+    assert mine[helpers.BACKEND] == sys.modules[helpers.BACKEND].__version__
+    assert ("jax" in mine) == (not ON_TENSORFLOW)
     Three().check_versions()
     other = json.dumps({**mine, "numpy": "1.0"})
     with pytest.raises(ValueError, match=rf"process 0: numpy {mine['numpy']}; process 1: numpy 1\.0; process 2"):
