@@ -53,7 +53,7 @@ ALLOWED = {
     "graph": set(),
     "stepping": {"backend", "graph", "layers"},
     "serving": {"files"},
-    "analysis": {"coding", "stream", "layers", "files"},
+    "analysis": {"backend", "coding", "stream", "layers", "graph", "stepping", "files"},
     "export": {"backend", "coding", "stream", "layers", "constraints", "callbacks", "graph", "stepping", "files"},
 }
 # What a server and a client are made of, and nothing imports before it is one.

@@ -106,12 +106,12 @@ def test_no_samples_are_refused(model, x):
             firing.firing_rates(model, nothing)
 
 
-def test_neurons_within_sub_models_are_found_or_refused(model, x):
+def test_neurons_within_sub_models_are_found(model, x):
     inputs = keras.Input((8, 8, 1))
     outer = keras.Model(inputs, keras.layers.Dense(2)(model(inputs)))
     assert firing.thresholds(outer) == firing.thresholds(model)
-    with pytest.raises(ValueError, match="are inside of its sub-models"):
-        firing.firing_rates(outer, x)
+    expected = {f"{model.name}_{name}": rate for name, rate in counted(model, x).items()}
+    assert firing.firing_rates(outer, x) == pytest.approx(expected, abs=1e-12)
 
 
 def test_one_neuron_layer_is_enough():
