@@ -30,7 +30,7 @@ def spike_trains(model: keras.Model, x: np.ndarray | Iterable[Any], batch_size: 
     names = tracing.neurons_by_name(model)
     found = [
         {name: parts[f"{name}/fired"][:count] for name in names}
-        for count, parts in tracing.run(model, x, batch_size, _fired)
+        for count, parts in tracing.run(tracing.Probe(model, _fired), x, batch_size)
     ]
     return {name: np.concatenate([batch[name] for batch in found]) for name in names}
 

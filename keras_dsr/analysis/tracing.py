@@ -162,16 +162,23 @@ class Recording:
         return float(self.coding.bound(self.threshold))
 
 
-class _Probe(keras.Model):
-    """A model with other outputs: what `collect` makes of each neuron layer's input and output.
+class Probe(keras.Model):
+    """A model with other outputs: what `collect` makes of what each layer receives and puts out.
 
     Args:
         model: The model that is looked into.
-        collect: From a neuron layer, what it received and what it put out, to tensors by name; and beside the samples a
-            float32 tensor (batch,) of 1, or 0 for those that only fill up the batch.
+        collect: For each call of a layer, from its name, the layer, what it received, what it put out, and a float32
+            tensor (batch,) of 1, or 0 for a sample that fills up the batch, to tensors by name.
+
+    Raises:
+        ValueError: if the model has several inputs.
     """
 
     def __init__(self, model: keras.Model, collect: Callable[..., dict[str, Any]]) -> None:
+        if len(model.inputs) != 1:
+            raise ValueError(
+                f"A model with one input can be looked into. Received {model.name!r} with {len(model.inputs)} inputs."
+            )
         super().__init__(name="probe")
         self.model = model
         self.collect = collect
@@ -195,6 +202,57 @@ class _Probe(keras.Model):
 
         graph.walk(self.model, x, watch)
         return found
+
+
+class Tracer:
+    """Traces of one model, time and again: it is compiled once, where `trace` compiles it with each call.
+
+    Args:
+        model: A functional or Sequential model with spiking layers and one input. Its weights may change in between.
+
+    Raises:
+        ValueError: if the model has no spiking layers or no time steps, or a layer runs more than once in it.
+    """
+
+    def __init__(self, model: keras.Model) -> None:
+        self._neurons = neurons_by_name(model)
+        self._probe = Probe(model, _sums)
+
+    def __call__(self, x: np.ndarray | Iterable[Any], batch_size: int = 128) -> Trace:
+        """As `trace`."""
+        totals: dict[str, Any] = {}
+        samples = 0
+        for count, parts in run(self._probe, x, batch_size):
+            samples += count
+            for name, value in parts.items():
+                if name.endswith("/largest"):
+                    totals[name] = max(totals.get(name, 0.0), float(value[:count].max()))
+                elif name.endswith("/counts"):
+                    before = totals.get(name, 0)
+                    if samples != count and before.shape != value.shape:
+                        raise ValueError(
+                            "All batches of a trace have as many time steps and neurons. Received a batch in which "
+                            f"{name.removesuffix('/counts')!r} has {value.shape} after some in which it has "
+                            f"{before.shape}."
+                        )
+                    totals[name] = before + value.astype("int64")
+                else:
+                    totals[name] = totals.get(name, 0.0) + float(value[:count].sum(dtype="float64"))
+        layers = {}
+        for name, neuron in self._neurons.items():
+            threshold = float(np.asarray(neuron.threshold))
+            bound = float(neuron.coding.bound(threshold))
+            layers[name] = LayerTrace(
+                threshold=threshold,
+                alpha=neuron.alpha,
+                bound=bound,
+                samples=samples,
+                counts=totals[f"{name}/counts"],
+                error=totals[f"{name}/error"] / samples / bound,
+                absolute_error=totals[f"{name}/absolute"] / samples / bound,
+                largest_error=totals[f"{name}/largest"] / bound,
+            )
+        return Trace(samples, layers)
 
 
 def trace(model: keras.Model, x: np.ndarray | Iterable[Any], batch_size: int = 128) -> Trace:
@@ -226,39 +284,7 @@ def trace(model: keras.Model, x: np.ndarray | Iterable[Any], batch_size: int = 1
 
     Reference: Meng et al., CVPR 2022, Eqs. 14, 15 and 20.
     """
-    neurons = neurons_by_name(model)
-    totals: dict[str, Any] = {}
-    samples = 0
-    for count, parts in run(model, x, batch_size, _sums):
-        samples += count
-        for name, value in parts.items():
-            if name.endswith("/largest"):
-                totals[name] = max(totals.get(name, 0.0), float(value[:count].max()))
-            elif name.endswith("/counts"):
-                before = totals.get(name, 0)
-                if samples != count and before.shape != value.shape:
-                    raise ValueError(
-                        "All batches of a trace have as many time steps and neurons. Received a batch in which "
-                        f"{name.removesuffix('/counts')!r} has {value.shape} after some in which it has {before.shape}."
-                    )
-                totals[name] = before + value.astype("int64")
-            else:
-                totals[name] = totals.get(name, 0.0) + float(value[:count].sum(dtype="float64"))
-    layers = {}
-    for name, neuron in neurons.items():
-        threshold = float(np.asarray(neuron.threshold))
-        bound = float(neuron.coding.bound(threshold))
-        layers[name] = LayerTrace(
-            threshold=threshold,
-            alpha=neuron.alpha,
-            bound=bound,
-            samples=samples,
-            counts=totals[f"{name}/counts"],
-            error=totals[f"{name}/error"] / samples / bound,
-            absolute_error=totals[f"{name}/absolute"] / samples / bound,
-            largest_error=totals[f"{name}/largest"] / bound,
-        )
-    return Trace(samples, layers)
+    return Tracer(model)(x, batch_size)
 
 
 def trace_batches(
@@ -282,7 +308,7 @@ def trace_batches(
             empty.
     """
     neurons = neurons_by_name(model)
-    for count, parts in run(model, x, batch_size, _everything):
+    for count, parts in run(Probe(model, _everything), x, batch_size):
         recordings = {}
         for name, neuron in neurons.items():
             kept = {part: parts[f"{name}/{part}"][:count] for part in ("output", "representation", "received")}
@@ -311,53 +337,41 @@ def neurons_by_name(model: keras.Model) -> dict[str, SpikingNeuron]:
         if isinstance(layer, SpikingNeuron):
             if name in found:
                 raise ValueError(
-                    f"The neuron layer {name!r} of model {model.name!r} runs more than once, so what it does has no one "
-                    "name. Use a layer of its own for each place, with its own name."
+                    f"The neuron layer {name!r} of model {model.name!r} runs more than once, so what it does has no "
+                    "one name. Use a layer of its own for each place, with its own name."
                 )
             found[name] = layer
     inside = neurons_of(model)
     if len(inside) > len(found):
         raise ValueError(
-            f"{len(inside) - len(found)} spiking layers of model {model.name!r} are inside of layers that are no models, "
-            "where nothing reaches their spikes from outside. Make those layers functional keras.Models."
+            f"{len(inside) - len(found)} spiking layers of model {model.name!r} are inside of layers that are no "
+            "models, where nothing reaches their spikes from outside. Make those layers functional keras.Models."
         )
     if not found:
         raise ValueError(f"Model {model.name!r} has no spiking layers (IFSpike, LIFSpike) to look at.")
     makers = [*inside, *(layer for layer in model._flatten_layers() if isinstance(layer, ToStream))]
     if any(layer.timesteps == 0 for layer in makers):
         raise ValueError(
-            f"Model {model.name!r} is a representation network (timesteps=0): it has no spikes. Give it time steps with "
-            "keras_dsr.models.with_timesteps(model, N)."
+            f"Model {model.name!r} is a representation network (timesteps=0): it has no spikes. Give it time steps "
+            "with keras_dsr.models.with_timesteps(model, N)."
         )
     return found
 
 
-def run(
-    model: keras.Model,
-    x: np.ndarray | Iterable[Any],
-    batch_size: int,
-    collect: Callable[..., dict[str, Any]],
-) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """What `collect` makes of a model's layers, batch by batch.
+def run(probe: Probe, x: np.ndarray | Iterable[Any], batch_size: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """What a probe collects, batch by batch.
 
     Args:
-        model: A functional or Sequential model with one input.
-        x: Its input, or batches of it, or of (input, labels).
+        probe: The probe. It compiles once, however often it is run.
+        x: The model's input, or batches of it, or of (input, labels).
         batch_size: Samples that run at once, of an array.
-        collect: For each call of a layer, from its name, the layer, what it received, what it put out, and a float32
-            tensor (batch,) of 1, or 0 for a sample that fills up the batch, to tensors by name.
 
     Yields:
         The number of samples, and what was collected, named "layer/part"; tensors (batch, ...) are filled up.
 
     Raises:
-        ValueError: if the model has several inputs, or there are no samples.
+        ValueError: if there are no samples.
     """
-    if len(model.inputs) != 1:
-        raise ValueError(
-            f"A model with one input can be looked into. Received {model.name!r} with {len(model.inputs)} inputs."
-        )
-    probe = _Probe(model, collect)
     size = None
     for batch in batches(x, batch_size):
         if not len(batch):

@@ -226,5 +226,5 @@ def test_batches_of_other_lengths_and_sizes_are_refused():
     model = keras.Model(inputs, layers.SpikeRep()(layers.IFSpike(name="n")(layers.ToStream()(inputs))))
     with pytest.raises(ValueError, match=r"as many time steps.*\(5, 3\) after some in which it has \(4, 3\)"):
         analysis.trace(model, [np.ones((2, 4, 3), "float32"), np.ones((2, 5, 3), "float32")])
-    with pytest.raises(ValueError, match="batch_size is a number of samples of at least 1. Received batch_size=0"):
+    with pytest.raises(ValueError, match=r"batch_size is a number of samples of at least 1\. Received batch_size=0"):
         analysis.trace(model, np.ones((2, 4, 3), "float32"), batch_size=0)

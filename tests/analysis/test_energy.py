@@ -1,0 +1,90 @@
+"""Joules by hand, from the published figures; what they rest on is said."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from keras_dsr.analysis import energy
+from keras_dsr.analysis.operations import LayerOperations, NeuronOperations, Operations
+
+STEM = LayerOperations("stem", "values", 500, 500.0, 50, 20, 100)
+DENSE = LayerOperations("dense", "spikes", 1000, 700.0, 1000, 100, 10)
+IF = NeuronOperations("first", 100, 400, 60.0, False)
+LIF = NeuronOperations("second", 10, 40, 5.0, True)
+COUNTED = Operations(8, 4, (STEM, DENSE), (IF, LIF))
+
+
+def test_joules_by_hand():
+    found = energy.estimate(COUNTED)
+    assert found.joules == pytest.approx((500 * 4.6 + 700 * 0.9 + 400 * 0.9 + 40 * 4.6) * 1e-12)
+    assert found.ann == pytest.approx(1500 * 4.6e-12)
+    assert found.ann_int8 == pytest.approx(1500 * 0.3e-12)
+    assert [layer.name for layer in found.layers] == ["stem", "dense", "first", "second"]
+    assert all(layer.memory == 0 for layer in found.layers)
+    eight = energy.estimate(COUNTED, "45nm-int8")
+    assert eight.joules == pytest.approx((500 * 0.3 + 700 * 0.1 + 400 * 0.1 + 40 * 0.3) * 1e-12)
+    loihi = energy.estimate(COUNTED, "loihi")
+    assert loihi.joules == pytest.approx((500 * 0.3 + 700 * 23.6 + 440 * 81 + 65 * 1.7) * 1e-12)
+    assert energy.estimate(COUNTED, "truenorth").joules == pytest.approx((500 * 0.3 + 700 * 26) * 1e-12)
+    assert energy.estimate(COUNTED, "odin").joules == pytest.approx((500 * 0.3 + 700 * 12.7) * 1e-12)
+
+
+def test_memory_by_hand():
+    # All in 8 KB (10 pJ for 64 bits, 5 pJ for 32) in float32.
+    found = energy.estimate(COUNTED, memory=True)
+    memory = {layer.name: layer.memory for layer in found.layers}
+    assert memory == {
+        "stem": pytest.approx(500 * 15e-12),
+        "dense": pytest.approx(700 * 15e-12),
+        "first": pytest.approx(800 * 5e-12),
+        "second": pytest.approx(80 * 5e-12),
+    }
+    assert found.ann == pytest.approx((1500 * (4.6 + 5 + 5) + 110 * 5) * 1e-12)
+    assert found.ann_int8 == pytest.approx((1500 * (0.3 + 1.25 + 1.25) + 110 * 1.25) * 1e-12)
+    # 3,000 weights of 32 bits take 12,000 bytes: the next memory; 8 bits, 3,000: the first.
+    large = dataclasses.replace(COUNTED, layers=(dataclasses.replace(DENSE, weights=3000),))
+    assert energy.estimate(large, memory=True).layers[0].memory == pytest.approx(700 * (10 + 2 * 5) * 1e-12)
+    assert energy.estimate(large, "45nm-int8", True).layers[0].memory == pytest.approx(700 * (1.25 + 10) * 1e-12)
+    for weights, each in ((2**18, 50), (2**18 + 1, 650)):  # 1 MB, and one more
+        huge = dataclasses.replace(COUNTED, layers=(dataclasses.replace(DENSE, weights=weights),))
+        assert energy.estimate(huge, memory=True).layers[0].memory == pytest.approx(700 * (each + 10) * 1e-12)
+
+
+def test_assumptions_are_in_the_text():
+    text = energy.estimate(COUNTED, memory=True).text()
+    assert "| all | | " in text
+    for said in (
+        "mean of 8",
+        "N = 4",
+        "Horowitz, ISSCC 2014",
+        "0.9 pJ a synaptic operation",
+        "values",
+        "stem",
+        "1,500",
+    ):
+        assert said in text
+    assert "With memory" in text
+    assert "many times as much" in energy.estimate(COUNTED).text()
+    loihi = energy.estimate(dataclasses.replace(COUNTED, uncounted=("own",)), "loihi").text()
+    for said in ("Davies", "23.6 pJ", "81 pJ", "run beside it", "Not counted", "own", "have memory in"):
+        assert said in loihi
+
+
+def test_unknown_hardware_is_refused_with_a_list():
+    with pytest.raises(ValueError, match=r"one of 45nm-float32, 45nm-int8, loihi, truenorth, odin.*Received 'tpu'"):
+        energy.estimate(COUNTED, "tpu")
+    with pytest.raises(ValueError, match=r"'loihi' have memory in already.*45nm-float32, 45nm-int8"):
+        energy.estimate(COUNTED, "loihi", memory=True)
+
+
+def test_hardware_of_your_own():
+    mine = energy.Hardware("mine", "measured", 1e-12, 2e-12, 3e-12, 4e-12)
+    assert energy.estimate(COUNTED, mine).joules == pytest.approx((1000 + 700 + 1200 + 160) * 1e-12)
+
+
+def test_every_figure_has_a_source():
+    for name, hardware in energy.HARDWARE.items():
+        assert hardware.name == name
+        assert hardware.source.split(",")[0].split()[0] in energy.__doc__
