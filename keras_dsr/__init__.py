@@ -6,9 +6,10 @@
   `calibrate_thresholds` and `calibrate_normalization`, which make a trained ANN ready for spikes
 - `keras_dsr.RateCoding`, `keras_dsr.WeightedRateCoding`: what a train of spikes stands for
 - `keras_dsr.Stream`: what travels between layers
-- `keras_dsr.callbacks`: `CheckFinite`
+- `keras_dsr.callbacks`: `CheckFinite`, `FiringRate`, `ThresholdHistory`, `SpikeHistograms`
+- `keras_dsr.analysis`: what happens inside: traces, energy, errors of representation, answers before the last step
 - `keras_dsr.optimizers`: `SGD`, with the paper's weight decay
-- the command line, `keras-dsr`: `train`, `resume`, `evaluate`, `recipes`, `pack`, `compare`
+- the command line, `keras-dsr`: `train`, `resume`, `evaluate`, `report`, `recipes`, `pack`, `compare`
 
 Reference: Meng et al., "Training High-Performance Low-Latency Spiking Neural Networks by Differentiation on Spike
 Representation", CVPR 2022.
