@@ -1,4 +1,4 @@
-"""The command line, `keras-dsr`: train, resume, evaluate, recipes, pack, compare, export, verify, serve."""
+"""The command line, `keras-dsr`: train, resume, evaluate, report, recipes, pack, compare, export, verify, serve."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from keras_dsr import deployment, recipes, runs, serving, training
+from keras_dsr import deployment, recipes, report, runs, serving, training
 from keras_dsr.export import FORMS
 from keras_dsr.recipes import Recipe
 
@@ -55,7 +55,15 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument("--verbose", type=int, default=None, help="2 for one line an epoch, 0 for none")
     evaluate = commands.add_parser("evaluate", help="evaluate a run", description="Evaluate a run's model once more.")
     evaluate.add_argument("run", type=Path, help="a run folder, such as runs/digits-20260101-120000")
-    for each in (train, resume, evaluate):
+    reporting = commands.add_parser(
+        "report",
+        help="write a run's report",
+        description="Write one HTML page about a run, and its figures as JSON: training, firing rates, errors, energy.",
+    )
+    reporting.add_argument("run", help="a run folder, such as runs/digits-20260101-120000; or a preset")
+    reporting.add_argument("--to", type=Path, metavar="FILE", help="the page (default: report.html in the run folder)")
+    reporting.add_argument("--examples", type=int, default=1000, help="test examples to look at (default: 1000)")
+    for each in (train, resume, evaluate, reporting):
         each.add_argument("--data-dir", type=Path, help="where the data set is (default: $KERAS_DSR_DATA)")
     listing = commands.add_parser(
         "recipes", help="list recipes", description="List all recipes, or print the settings of one."
@@ -216,6 +224,13 @@ def _evaluate(options: argparse.Namespace) -> None:
     _report(training.evaluate(options.run, data_dir=options.data_dir), options.run)
 
 
+def _write_report(options: argparse.Namespace) -> None:
+    written = report.write(options.run, data_dir=options.data_dir, examples=options.examples, to=options.to)
+    for title, why in written.missing.items():
+        print(f"keras-dsr: {title} is left out. {why}", file=sys.stderr)
+    print(f"Written: {written.html}, and its figures in {written.json}")
+
+
 def _report(summary: runs.Summary, folder: Path) -> None:
     table = Table(title=f"{folder}", title_justify="left", show_header=False)
     table.add_row("test accuracy", f"{summary.test_accuracy:.2%} of {summary.test_examples} examples")
@@ -283,8 +298,8 @@ def _deploy(given: deployment.Source, base: Path, **settings: Any) -> None:
     with _told():
         exported = deployment.deploy(given, base, **settings)
     console = Console()
-    for report in exported.reports:
-        console.print(report.table())
+    for proof in exported.reports:
+        console.print(proof.table())
     inputs = "random inputs, as the data set is not at hand (pass --data-dir for real ones)"
     if given.examples is not None:
         inputs = f"{len(given.examples)} real inputs"
@@ -296,11 +311,11 @@ def _deploy(given: deployment.Source, base: Path, **settings: Any) -> None:
 def _verify(options: argparse.Namespace) -> None:
     given = deployment.source(options.network, data_dir=options.data_dir, examples=options.examples)
     with _told():
-        report = deployment.verify(given, options.exported, options.onnx, flip_budget=options.flip_budget)
-    Console().print(report.table())
+        proof = deployment.verify(given, options.exported, options.onnx, flip_budget=options.flip_budget)
+    Console().print(proof.table())
     if options.report is not None:
-        report.write(options.report)
-    if not report.passed:
+        proof.write(options.report)
+    if not proof.passed:
         raise ValueError(f"{options.exported} does not do as {options.network} does.")
 
 
@@ -329,6 +344,7 @@ _COMMANDS = {
     "train": _train,
     "resume": _resume,
     "evaluate": _evaluate,
+    "report": _write_report,
     "recipes": _recipes,
     "pack": _pack,
     "compare": _compare,

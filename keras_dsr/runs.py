@@ -34,7 +34,7 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 # What `replacing` leaves of a process that was killed as it wrote.
-_LEFT_OVER = re.compile(r"\.\d+-.+\.(json|npz|csv|png|keras)")
+_LEFT_OVER = re.compile(r"\.\d+-.+\.(json|npz|csv|png|keras|html)")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ OPTIONAL = {
     "openvino",
     "prometheus_client",
     "starlette",
+    "playwright",
     "tensorboard",
     "tensorflow_datasets",
     "tensorflow_serving",

@@ -37,6 +37,7 @@ LEVELS = {
     "export": 7,
     "serving": 7,
     "experiments": 8,
+    "report": 8,
     "deployment": 8,
     "tuning": 8,
     "cli": 9,

@@ -37,8 +37,8 @@ class EarlyExit:
     to the last step.
 
     Args:
-        confidence: In (0, 1]. Outputs after few steps are coarse and so over-confident: choose it by `trade_off` on
-            validation examples.
+        confidence: In (0, 1]. Choose it by `trade_off` on validation examples: outputs after few steps are coarse, and
+            as no output is larger than the last neurons' V_th (V_th / dt), some confidences are never reached.
         patience: Number of steps in a row, at least 1.
         least_steps: Number of steps that every sample runs for, at least 1.
 
@@ -200,7 +200,7 @@ def accuracy_by_step(outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def trade_off(
     outputs: np.ndarray,
     labels: np.ndarray,
-    confidences: Sequence[float] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1.0),
+    confidences: Sequence[float] | None = None,
     patience: Sequence[int] = (1, 2),
     least_steps: int = 1,
 ) -> list[Point]:
@@ -209,7 +209,8 @@ def trade_off(
     Args:
         outputs: What `outputs_by_step` gave, of shape (samples, time, classes).
         labels: Integers of shape (samples,).
-        confidences: Of the rules.
+        confidences: Of the rules; `None` for 20 that the outputs have, from the least to the largest, evenly among the
+            samples: how certain a network can be depends on its last threshold and its number of steps.
         patience: Of the rules.
         least_steps: Of the rules.
 
@@ -221,6 +222,9 @@ def trade_off(
     """
     outputs, labels = _checked(outputs, labels)
     right = outputs.argmax(axis=2) == labels[:, np.newaxis]
+    if confidences is None:
+        every = _confidence(outputs.reshape(-1, outputs.shape[2]))
+        confidences = np.unique(np.quantile(every, np.linspace(0, 1, 20))).tolist()
     points = []
     for each in patience:
         for confidence in confidences:

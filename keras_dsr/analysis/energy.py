@@ -234,11 +234,17 @@ def _assumptions(operations: Operations, chip: Hardware, memory: bool) -> Iterab
     values = [layer.name for layer in operations.layers if layer.fed_by == "values"]
     yield (
         f"For one sample, the mean of {operations.samples:,}; N = {operations.timesteps} time steps; real spikes, "
-        "counted; connections into padding left out; normalization folded into weights."
+        "counted; connections into padding left out; normalization, and the windows of average pooling, folded into "
+        "weights."
     )
     yield (
-        f"{chip.name} ({chip.source}): {_pj(chip.accumulate)} a synaptic operation, {_pj(chip.update)} an update of a "
-        f"neuron ({_pj(chip.leaky_update)} with leak), {_pj(chip.spike)} a spike."
+        f"{chip.name} ({chip.source}): {_pj(chip.accumulate)} a synaptic operation, "
+        + (
+            f"{_pj(chip.update)} an update of a neuron ({_pj(chip.leaky_update)} with leak)"
+            if chip.update
+            else "neurons in it"
+        )
+        + (f", {_pj(chip.spike)} a spike." if chip.spike else ".")
     )
     if values and chip.multiply_accumulate is not None:
         yield f"Fed by values, not spikes, at {_pj(chip.multiply_accumulate)} an operation: {', '.join(values)}."
@@ -262,7 +268,7 @@ def _assumptions(operations: Operations, chip: Hardware, memory: bool) -> Iterab
             f"({_HOROWITZ})."
         )
     elif chip.bits is not None:
-        yield "Without memory traffic, which takes many times as much as the operations: ask for it."
+        yield "Without memory traffic, which takes many times as much as the operations."
     else:
         yield "The published figures have memory in; the ANN's do not."
     yield "Left out: leakage, clocks, control, the network between cores, and input and output."

@@ -2,8 +2,9 @@
 
 A synaptic operation (SynOp) is what one spike makes one connection do: add a weight to what a neuron receives. It is
 counted from real spikes: for each input of a layer that is not 0 at a time step, the connections that it really has,
-those into the padding of a convolution left out. A connection of the ANN of the same shape is a multiply-accumulate
-(MAC), once a sample.
+those into the padding of a convolution left out. What averages spikes adds each of them once, and hands all of them on:
+the layer behind adds its weight, divided by the size of the window, for each. A connection of the ANN of the same shape
+is a multiply-accumulate (MAC), once a sample.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import layers
+from keras import layers, ops
 
 from keras_dsr import graph
 from keras_dsr.analysis import tracing
@@ -61,8 +62,8 @@ class LayerOperations:
 
     Args:
         name: Its name.
-        fed_by: "spikes", so that an operation is an addition; or "values" (images, numbers of events, sums and means of
-            spikes), so that it is a multiplication and an addition.
+        fed_by: "spikes", so that an operation is an addition; or "values" (images, numbers of events, sums of streams),
+            so that it is a multiplication and an addition.
         connections: Number of connections: the MACs of the ANN of the same shape.
         operations: Operations of the spiking network for a sample, at all time steps. Of a static input all
             connections, once; else those of inputs that are not 0.
@@ -184,7 +185,7 @@ def count_operations(model: keras.Model, x: np.ndarray | Iterable[Any], batch_si
         found = {}
         parts = plan[name]
         for number, part in enumerate(parts):
-            found[f"{number}"] = tracing.count_over_batch(x, real)
+            found[f"{number}"] = _count(x, part.source, neurons, real)
             if number + 1 < len(parts):
                 x = _each_step(part.layer, x, part.timed)
         return found
@@ -320,53 +321,70 @@ def _before(size: int, extent: int, stride: int, padding: str) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Source:
+    """What a tensor is made of.
+
+    Args:
+        timed: Whether it has a time axis.
+        neuron: Name of the neuron layer whose spikes it is; `None` for other values.
+        window: Of how many spikes each of its numbers is the mean.
+    """
+
+    timed: bool
+    neuron: str | None = None
+    window: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class _Part:
     """A layer whose connections are counted, or that stands between such in a synapse.
 
     Args:
         layer: The layer, as it sees one time step.
-        fed_by: "spikes" or "values".
-        timed: Whether its input has a time axis.
+        source: What its input is made of.
     """
 
     layer: keras.layers.Layer
-    fed_by: str
-    timed: bool
+    source: _Source
+
+    @property
+    def fed_by(self) -> str:
+        return "values" if self.source.neuron is None else "spikes"
+
+    @property
+    def timed(self) -> bool:
+        return self.source.timed
 
 
 def _plan(model: keras.Model) -> dict[str, tuple[_Part, ...]]:
     """The layers of a model whose inputs are to be counted, by the name of the layer that they stand in."""
     plan: dict[str, tuple[_Part, ...]] = {}
-    # What goes through the graph is a word for each tensor: whether it is spikes, and whether it has a time axis.
-    start = "values, timed" if takes_frames(model) else "values"
 
     def note(name: str, layer: Any) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            received = [word for word in keras.tree.flatten((args, kwargs)) if isinstance(word, str) and word in _WORDS]
-            put_out = _through(name, layer, received or ["values"], plan)
+            received = [each for each in keras.tree.flatten((args, kwargs)) if isinstance(each, _Source)]
+            put_out = _through(name, layer, received, plan)
             return [put_out] * len(keras.tree.flatten(layer.output))
 
         return call
 
-    graph.walk(model, start, note)
+    # What goes through the graph tells of each tensor what it is made of.
+    graph.walk(model, _Source(takes_frames(model)), note)
     return plan
 
 
-_WORDS = ("values", "values, timed", "spikes, timed")
-
-
-def _through(name: str, layer: Any, received: list[str], plan: dict[str, tuple[_Part, ...]]) -> str:
-    timed = any("timed" in word for word in received)
+def _through(name: str, layer: Any, received: list[_Source], plan: dict[str, tuple[_Part, ...]]) -> _Source:
+    timed = any(each.timed for each in received)
     if isinstance(layer, SpikingNeuron):
-        return "spikes, timed"
+        return _Source(True, name)
     if isinstance(layer, SpikeRep):
-        return "values"
+        return _Source(False)
     inner = layer.layer if isinstance(layer, (Synapse, layers.TimeDistributed)) else layer
-    fed_by = "spikes" if all("spikes" in word for word in received) else "values"
+    source = received[0] if len(set(received)) == 1 else _Source(timed)
     parts = []
     for part in inner.layers if isinstance(inner, keras.Sequential) else [inner]:
-        parts.append(_Part(part, fed_by, timed))
-        fed_by = fed_by if _routes(part) else "values"
+        parts.append(_Part(part, source))
+        source = _behind(part, source)
     if any(_counts(part.layer) for part in parts):
         if name in plan:
             raise ValueError(
@@ -374,7 +392,24 @@ def _through(name: str, layer: Any, received: list[str], plan: dict[str, tuple[_
                 "its own for each place."
             )
         plan[name] = tuple(parts)
-    return f"{fed_by}, timed" if timed else fed_by
+    return source
+
+
+def _behind(layer: Any, source: _Source) -> _Source:
+    if _routes(layer):
+        return source
+    if source.neuron is not None and isinstance(layer, _POOLS) and layer.padding == "valid":
+        return dataclasses.replace(source, window=source.window * math.prod(layer.pool_size))
+    return _Source(source.timed)
+
+
+def _count(x: Any, source: _Source, neurons: dict[str, SpikingNeuron], real: Any) -> Any:
+    """What each place of a tensor (batch, ...) brings about, over the batch: spikes, or numbers that are not 0."""
+    if source.neuron is None or source.window == 1:
+        return tracing.count_over_batch(x, real)
+    neuron = neurons[source.neuron]
+    worth = ops.cast(neuron.threshold, "float32") * (neuron.scale / source.window)
+    return ops.tensordot(real, ops.round(ops.cast(x, "float32") / worth), axes=1)
 
 
 def _counts(layer: Any) -> bool:
@@ -391,8 +426,8 @@ def _routes(layer: Any) -> bool:
 def _each_step(layer: keras.layers.Layer, x: Any, timed: bool) -> Any:
     if not timed:
         return layer(x)
-    folded = layer(keras.ops.reshape(x, (-1, *x.shape[2:])))
-    return keras.ops.reshape(folded, (-1, x.shape[1], *folded.shape[1:]))
+    folded = layer(ops.reshape(x, (-1, *x.shape[2:])))
+    return ops.reshape(folded, (-1, x.shape[1], *folded.shape[1:]))
 
 
 def _title(layer: keras.layers.Layer) -> str:

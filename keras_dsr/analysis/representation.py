@@ -6,7 +6,8 @@ The error of a layer, r(output) - clamp(r(I)), has two parts (Section 4.1):
 - the deviation error e_d: real currents come unevenly, and a neuron that has fired early cannot take it back.
 
 - `errors`: both, for every layer on real data, after each number of steps, and for other alpha and V_th
-- `response`: what constant currents give (Figure 2), with and without the firing mechanism
+- `response`: what constant currents give (Figure 2), with and without the firing mechanism; `measured_response`: what
+  the currents of a trained network give
 - `propose_alpha`: the alpha of least quantization error
 
 Reference: Meng et al., CVPR 2022, Section 4 and Figure 2.
@@ -99,6 +100,23 @@ class Response:
         """Mean absolute e_q of currents within the clamp."""
         inside = (self.received >= 0) & (self.received <= 1)
         return float(np.abs(self.error[inside]).mean())
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasuredResponse:
+    """What a layer puts out for what it really receives, in bins of the representation received.
+
+    Args:
+        received: The middle of each bin: r(I), as a part of what brings the largest output.
+        output: Mean r(output) in the bin, as a part of the largest representation b; NaN where there is none.
+        clamp: Mean clamp in the bin, likewise.
+        count: How many neurons and samples are in the bin.
+    """
+
+    received: np.ndarray
+    output: np.ndarray
+    clamp: np.ndarray
+    count: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +226,54 @@ def response(coding: Coding, timesteps: int, alpha: float, points: int = 1001) -
     received = np.linspace(-0.25, 1.25, points)
     output = _constant(received.astype("float32") * _full(coding), coding, timesteps, alpha, 1.0)
     return Response(received, output / coding.bound(1.0), np.clip(received, 0, 1))
+
+
+def measured_response(
+    model: keras.Model,
+    x: np.ndarray | Iterable[Any],
+    alpha: float | None = None,
+    bins: int = 60,
+    batch_size: int = 32,
+) -> dict[str, MeasuredResponse]:
+    """What the neuron layers of a trained network put out for what they receive: Figure 2 of real currents.
+
+    Args:
+        model: A functional or Sequential model with spiking layers and one input.
+        x: Its input, of shape (samples, ...); or batches of it, or of (input, labels).
+        alpha: What each layer would put out with another alpha, its currents as they are: 1 for without the firing
+            mechanism. `None` for its own.
+        bins: Number of bins, evenly from -0.25 to 1.25 of what brings the largest output; what is beyond is left out.
+        batch_size: Samples that run at once, of an array.
+
+    Returns:
+        For each neuron layer, by name and in order, what was measured.
+
+    Raises:
+        ValueError: if the model has no spiking layers or no time steps, an argument is out of range, or `x` is empty.
+
+    Reference: Meng et al., CVPR 2022, Figure 2.
+    """
+    if alpha is not None and not 0 <= alpha <= 1:
+        raise ValueError(f"alpha, the firing level as a part of V_th, is in [0, 1]. Received alpha={alpha!r}.")
+    edges = np.linspace(-0.25, 1.25, bins + 1)
+    sums: dict[str, np.ndarray] = {}
+    for recordings in tracing.trace_batches(model, x, batch_size):
+        for name, each in recordings.items():
+            output = each.representation
+            if alpha is not None and alpha != each.alpha:
+                output = _given(each.currents, each.coding, alpha, each.threshold)
+            parts = np.ravel(each.received) / (_full(each.coding) * each.threshold)
+            totals = [
+                np.histogram(parts, edges, weights=None if values is None else np.ravel(values) / each.bound)[0]
+                for values in (None, output, each.clamp)
+            ]
+            sums[name] = sums.get(name, 0) + np.array(totals, "float64")
+    middles = (edges[1:] + edges[:-1]) / 2
+    found = {}
+    for name, (count, output, clamped) in sums.items():
+        there = np.where(count > 0, count, np.nan)
+        found[name] = MeasuredResponse(middles, output / there, clamped / there, count.astype("int64"))
+    return found
 
 
 def propose_alpha(

@@ -88,6 +88,10 @@ def test_the_trade_off_by_hand():
         (0.9, 0.5, 2.0),
         (1.0, 0.75, 4.0),
     ]
+    own = anytime.trade_off(BY_HAND, np.array([0, 1, 1, 1]))
+    met = [point.rule.confidence for point in own]
+    assert (min(met), max(met)) == (pytest.approx(0.6), pytest.approx(0.95))
+    assert min(point.mean_steps for point in own) == 1.0
     assert anytime.choose(points, 0.5).rule.confidence == 0.9
     with pytest.raises(ValueError, match=r"No rule has an accuracy of 0\.8: the best of 3 has 0\.75"):
         anytime.choose(points, 0.8)

@@ -95,6 +95,28 @@ def test_errors_are_those_of_an_oracle(name):
     assert max(layer.final.deviation for layer in found.values()) > 0.01
 
 
+@pytest.mark.parametrize("alpha", [None, 1.0])
+def test_the_measured_response_is_that_of_an_oracle(alpha):
+    coding, build = CASES["IF"]
+    model = build()
+    x = np.random.default_rng(0).normal(0.3, 1, (6, 8, 8, 1)).astype("float32")
+    found = representation.measured_response(model, x, alpha, bins=5, batch_size=4)
+    (recorded,) = analysis.trace_batches(model, x)
+    for name, each in recorded.items():
+        put_out = oracle(each.currents, coding, alpha or each.alpha, each.threshold)[:, -1] / each.threshold
+        received = each.currents.mean(axis=1) / each.threshold
+        for number in range(5):
+            low, high = -0.25 + 0.3 * number, 0.05 + 0.3 * number
+            inside = (received >= low) & (received < high)
+            assert found[name].count[number] == pytest.approx(inside.sum(), abs=2)
+            if inside.sum() > 20:
+                assert found[name].output[number] == pytest.approx(put_out[inside].mean(), abs=0.02)
+                clamped = np.clip(received, 0, 1)[inside].mean()
+                assert found[name].clamp[number] == pytest.approx(clamped, abs=0.02)
+    with pytest.raises(ValueError, match=r"alpha.*in \[0, 1\].*2"):
+        representation.measured_response(model, x, alpha=2)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 6, 8, 10, 20])
 def test_alpha_of_if_neurons_is_a_half(steps):
     found = representation.propose_alpha(steps)
