@@ -443,7 +443,7 @@ def _errors(run: _Network) -> tuple[str, Any]:
         f"alpha = {alpha:g}": (with_firing.received, with_firing.output),
     }
     if alpha != 1:
-        stairs["alpha = 1, without the firing mechanism"] = (without.received, without.output)
+        stairs["alpha = 1 (without the firing mechanism)"] = (without.received, without.output)
     staircase = charts.lines(
         stairs,
         f"Output of constant currents at N = {steps}, stairs beside the clamp; mean error {with_firing.mean_error:.4f} "
@@ -454,7 +454,7 @@ def _errors(run: _Network) -> tuple[str, Any]:
     )
     real = {
         name: _over_layers(representation.measured_response(run.model, x, each, batch_size=16))
-        for name, each in ((f"alpha = {alpha:g}", None), ("alpha = 1, without the firing mechanism", 1.0))
+        for name, each in ((f"alpha = {alpha:g}", None), ("alpha = 1 (without the firing mechanism)", 1.0))
         if each != alpha
     }
     middles, _, clamped = next(iter(real.values()))
@@ -569,7 +569,7 @@ def _anytime(run: _Network) -> tuple[str, Any]:
     )
     body += page.paragraph(
         f"Within one percentage point of the accuracy of all {len(accuracies)} steps, the fewest are "
-        f"{chosen.mean_steps:.2f} on average: confidence {chosen.rule.confidence:g}, {chosen.rule.patience} in a row "
+        f"{chosen.mean_steps:.2f} on average: confidence {chosen.rule.confidence:.3g}, {chosen.rule.patience} in a row "
         "(chosen on these very examples; choose yours on validation examples)."
     )
     return body, {

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["README.md", *(f"docs/{name}.md" for name in ("concepts", "training", "export", "serving", "performance"))]
+PAGES = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("concepts", "training", "export", "serving", "performance", "analysis")),
+]
 PAGES += ["CHANGELOG.md"]
 
 

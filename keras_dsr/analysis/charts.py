@@ -20,9 +20,11 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 # Stand-ins that matplotlib draws in, and what the page calls the colour.
-_INK, _GRID = "#010203", "#010204"
+_INK, _GRID, _CARD = "#010203", "#010204", "#010205"
 _SERIES = tuple(f"#0102{16 + index:02x}" for index in range(8))
-_COLORS = {_INK: "var(--ink)", _GRID: "var(--grid)"} | {each: f"var(--c{i})" for i, each in enumerate(_SERIES, start=1)}
+_COLORS = {_INK: "var(--ink)", _GRID: "var(--grid)", _CARD: "var(--card)"} | {
+    each: f"var(--c{i})" for i, each in enumerate(_SERIES, start=1)
+}
 _WIDTH = 4.6
 _STYLE = {
     "svg.fonttype": "none",
@@ -83,6 +85,7 @@ def lines(
             axes.annotate(
                 name, (place, 1), xycoords=("data", "axes fraction"), xytext=(-3, -3), textcoords="offset points",
                 rotation=90, ha="right", va="top", fontsize=10,
+                bbox={"facecolor": _CARD, "edgecolor": "none", "pad": 1},
             )  # fmt: skip
         if whole:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -191,7 +194,8 @@ def _finish(axes: Axes, xlabel: str, ylabel: str) -> None:
 
 def _legend(figure: matplotlib.figure.Figure, axes: Axes, count: int) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    columns = 2 if max(map(len, labels)) > 14 or count > 6 else 3
+    longest = max(map(len, labels))
+    columns = 1 if longest > 24 else 2 if longest > 12 or count > 6 else 3
     figure.legend(handles, labels, loc="outside upper left", ncols=min(columns, count))
 
 

@@ -37,8 +37,8 @@ a { color: var(--c1); }
 .numbers div { background: var(--card); border: 1px solid var(--grid); border-radius: 8px; padding: .5rem .9rem; }
 .numbers dt { color: var(--soft); font-size: .8rem; }
 .numbers dd { margin: 0; font-size: 1.25rem; font-weight: 600; }
-.cards { display: flex; flex-wrap: wrap; gap: .9rem; align-items: flex-start; margin: .8rem 0; }
-figure { flex: 1 1 330px; min-width: 0; max-width: min(100%, 540px); margin: 0; background: var(--card);
+.cards { columns: 2 400px; column-gap: .9rem; margin: .8rem 0; }
+figure { break-inside: avoid; max-width: 540px; margin: 0 0 .9rem; background: var(--card);
   border: 1px solid var(--grid); border-radius: 8px; padding: .7rem; }
 figure > h3 { margin: 0 0 .4rem; font-size: .95rem; }
 figure svg { display: block; width: 100%; height: auto; }
@@ -71,7 +71,7 @@ img.one { width: min(100%, 220px); height: auto; }
   main { max-width: none; padding: 0; }
   figure, tr, .numbers div { break-inside: avoid; }
   h2 { break-after: avoid; }
-  figure { flex: 0 0 48%; }
+  .cards { columns: 2; }
   .film.alive span, .film.alive span.now { display: flex; width: auto; }
   .film.alive span.now img, .film img { width: 72px; }
   table { font-size: .7rem; }

@@ -309,7 +309,7 @@ def propose_alpha(
     """
     coding = RateCoding() if coding is None else coding
     coding.weights(timesteps)  # raises, if that is no number of steps
-    tried = np.linspace(0, 1, 101) if alphas is None else np.asarray(alphas, "float64")
+    tried = np.linspace(0, 1, 101).round(2) if alphas is None else np.asarray(alphas, "float64")
     if tried.ndim != 1 or not tried.size or not ((tried >= 0) & (tried <= 1)).all():
         raise ValueError(f"alphas are one or more numbers in [0, 1]. Received alphas={alphas!r}.")
     if received is None:
