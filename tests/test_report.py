@@ -270,10 +270,10 @@ def test_a_browser_shows_all_of_it(kind, size, browser, request, tmp_path):
         page.screenshot(path=tmp_path / f"{scheme}.png", full_page=True)
         assert (tmp_path / f"{scheme}.png").stat().st_size > 50_000
         # The animation plays, and stops.
-        now = "document.querySelector('.film .now').textContent"
-        assert page.evaluate(now) == "step 1"
+        now = page.locator(".film .now")
+        assert now.text_content() == "step 1"
         page.get_by_role("button", name="Play").first.click()
-        page.wait_for_function(f"{now} === 'step 2'")
+        page.locator(".film .now", has_text="step 2").wait_for()
         page.get_by_role("button", name="Pause").first.click()
         context.close()
     assert said == []

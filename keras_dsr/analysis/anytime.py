@@ -36,11 +36,16 @@ class EarlyExit:
     has so, for the same class, for `patience` steps in a row; but not before `least_steps`. What has not stopped runs
     to the last step.
 
+    After few steps outputs are coarse: a single spike at the first is worth V_th, as much as N of them at the last.
+    With `horizon` N, outputs after n steps count n / N of themselves: what they would be at step N if nothing came any
+    more. So confidence grows with the spikes that have come.
+
     Args:
-        confidence: In (0, 1]. Choose it by `trade_off` on validation examples: outputs after few steps are coarse, and
-            as no output is larger than the last neurons' V_th (V_th / dt), some confidences are never reached.
+        confidence: In (0, 1]. Choose it by `trade_off` on validation examples: as no output is larger than the last
+            neurons' V_th (V_th / dt), some confidences are never reached.
         patience: Number of steps in a row, at least 1.
         least_steps: Number of steps that every sample runs for, at least 1.
+        horizon: Number N of time steps of the whole run; `None` to take outputs as they are.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -49,12 +54,15 @@ class EarlyExit:
     confidence: float = 0.9
     patience: int = 1
     least_steps: int = 1
+    horizon: int | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.confidence) and 0 < self.confidence <= 1):
             raise ValueError(f"confidence is a probability in (0, 1]. Received confidence={self.confidence!r}.")
-        for name in ("patience", "least_steps"):
+        for name in ("patience", "least_steps", "horizon"):
             value = getattr(self, name)
+            if name == "horizon" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is a number of steps of at least 1. Received {name}={value!r}.")
 
@@ -76,7 +84,7 @@ class EarlyExit:
             Booleans (samples,), and what the rule remembers.
         """
         best = outputs.argmax(axis=1)
-        certain = _confidence(outputs) >= self.confidence
+        certain = _confidence(outputs if self.horizon is None else outputs * (number / self.horizon)) >= self.confidence
         before, in_row = memory
         in_row = np.where(certain, np.where(best == before, in_row, 0) + 1, 0)
         return (in_row >= self.patience) & (number >= self.least_steps), (best, in_row)
@@ -203,6 +211,7 @@ def trade_off(
     confidences: Sequence[float] | None = None,
     patience: Sequence[int] = (1, 2),
     least_steps: int = 1,
+    horizon: int | None = None,
 ) -> list[Point]:
     """Accuracy and steps of early exit, for many rules, from one run.
 
@@ -210,9 +219,11 @@ def trade_off(
         outputs: What `outputs_by_step` gave, of shape (samples, time, classes).
         labels: Integers of shape (samples,).
         confidences: Of the rules; `None` for 20 that the outputs have, from the least to the largest, evenly among the
-            samples: how certain a network can be depends on its last threshold and its number of steps.
+            samples, and 1, at which next to nothing stops: how certain a network can be depends on its last threshold
+            and its number of steps.
         patience: Of the rules.
         least_steps: Of the rules.
+        horizon: Of the rules.
 
     Returns:
         A point for each rule, by patience, then by confidence.
@@ -223,12 +234,13 @@ def trade_off(
     outputs, labels = _checked(outputs, labels)
     right = outputs.argmax(axis=2) == labels[:, np.newaxis]
     if confidences is None:
-        every = _confidence(outputs.reshape(-1, outputs.shape[2]))
-        confidences = np.unique(np.quantile(every, np.linspace(0, 1, 20))).tolist()
+        weights = 1 if horizon is None else np.arange(1, outputs.shape[1] + 1)[:, np.newaxis] / horizon
+        every = _confidence((outputs * weights).reshape(-1, outputs.shape[2]))
+        confidences = np.unique([*np.quantile(every, np.linspace(0, 1, 20)), 1.0]).tolist()
     points = []
     for each in patience:
         for confidence in confidences:
-            rule = EarlyExit(confidence, each, least_steps)
+            rule = EarlyExit(confidence, each, least_steps, horizon)
             steps = rule.steps(outputs)
             accuracy = right[np.arange(len(right)), steps - 1].mean()
             points.append(Point(rule, float(accuracy), float(steps.mean())))
@@ -248,7 +260,7 @@ def choose(points: Sequence[Point], accuracy: float) -> Point:
     enough = [point for point in points if point.accuracy >= accuracy]
     if not enough:
         best = max((point.accuracy for point in points), default=math.nan)
-        raise ValueError(f"No rule has an accuracy of {accuracy!r}: the best of {len(points)} has {best!r}.")
+        raise ValueError(f"No rule has an accuracy of {accuracy:g}: the best of {len(points)} has {best:g}.")
     return min(enough, key=lambda point: (point.mean_steps, -point.accuracy))
 
 

@@ -75,6 +75,10 @@ BY_HAND = np.array(
         (EarlyExit(0.9, least_steps=3), [3, 3, 4, 4]),
         (EarlyExit(0.5), [1, 1, 1, 1]),
         (EarlyExit(1.0), [4, 4, 4, 4]),
+        # Logits of log(19) = 2.94 count a quarter, a half, three quarters of themselves: 0.676, 0.813, 0.901.
+        (EarlyExit(0.8, horizon=4), [2, 2, 2, 4]),
+        (EarlyExit(0.9, horizon=4), [3, 3, 4, 4]),
+        (EarlyExit(0.9, horizon=2), [2, 2, 2, 4]),
     ],
 )
 def test_the_rule_by_hand(rule, steps):
@@ -90,7 +94,8 @@ def test_the_trade_off_by_hand():
     ]
     own = anytime.trade_off(BY_HAND, np.array([0, 1, 1, 1]))
     met = [point.rule.confidence for point in own]
-    assert (min(met), max(met)) == (pytest.approx(0.6), pytest.approx(0.95))
+    assert (min(met), sorted(set(met))[-2], max(met)) == (pytest.approx(0.6), pytest.approx(0.95), 1.0)
+    assert max(point.mean_steps for point in own) == 4.0
     assert min(point.mean_steps for point in own) == 1.0
     assert anytime.choose(points, 0.5).rule.confidence == 0.9
     with pytest.raises(ValueError, match=r"No rule has an accuracy of 0\.8: the best of 3 has 0\.75"):
@@ -167,6 +172,7 @@ def test_bad_input():
         ({"confidence": 0.0}, r"confidence is a probability in \(0, 1\].*0.0"),
         ({"confidence": float("nan")}, "confidence is a probability"),
         ({"patience": 0}, "patience is a number of steps of at least 1"),
+        ({"horizon": 0}, "horizon is a number of steps of at least 1"),
         ({"least_steps": 1.5}, "least_steps is a number of steps.*1.5"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -77,6 +77,26 @@ def test_a_trace_is_a_count_of_raw_spikes(case):
     assert traced.spikes_per_sample == pytest.approx(sum((values != 0).sum() for values in raw.values()) / 10)
 
 
+@pytest.mark.tensorflow_only
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (lambda: models.vgg(5, classes=4, weights="poker_dvs", input_shape=(3, 35, 35, 2)), (3, 35, 35, 2)),
+        (lambda: models.preact_resnet(20, weights="cifar10", timesteps=2, input_shape=(16, 16, 3)), (16, 16, 3)),
+    ],
+    ids=["vgg5", "preact_resnet20"],
+)
+def test_a_trace_of_a_trained_network_is_a_count_of_raw_spikes(build, shape):
+    model = build()
+    x = np.random.default_rng(0).normal(0.5, 1, (3, *shape)).astype("float32")
+    traced = analysis.trace(model, x, batch_size=2)
+    raw = helpers.spike_trains(model, x)
+    assert list(traced.layers) == list(raw)
+    for name, values in raw.items():
+        np.testing.assert_array_equal(traced.layers[name].counts, (values != 0).sum(axis=0))
+    assert sum(layer.spikes for layer in traced.layers.values()) > 1000
+
+
 def test_a_recording_has_all_of_a_batch(case):
     model, x = case
     batches = list(analysis.trace_batches(model, x, batch_size=4))
