@@ -10,6 +10,7 @@ import csv
 import dataclasses
 import json
 import math
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,8 @@ class _Network:
                 rows = list(csv.DictReader(file))
             if not rows:
                 raise _Missing("The history of the run, history.csv, has no epoch.")
+            if "stage" not in rows[0]:
+                raise _Missing("history.csv is damaged, or not the history of a run: it has no column 'stage'.")
             return rows
 
         return self._once("rows", read)
@@ -169,14 +172,22 @@ class _Run(_Network):
         return self._file("history.csv")
 
     def results(self) -> dict[str, Any]:
-        return dataclasses.asdict(runs.Summary.from_json(self._file("summary.json").read_text()))
+        path = self._file("summary.json")
+        try:
+            return dataclasses.asdict(runs.Summary.from_json(path.read_text()))
+        except (ValueError, TypeError, KeyError) as error:
+            raise _Missing(f"summary.json is damaged, or not the summary of a run: {error}") from error
 
     def environment(self) -> dict[str, Any] | None:
         path = self.folder / "environment.json"
         return json.loads(path.read_text()) if path.is_file() else None
 
     def load(self) -> keras.Model:
-        return keras.models.load_model(self._file("model.keras"))
+        path = self._file("model.keras")
+        try:
+            return keras.models.load_model(path)
+        except (ValueError, OSError, zipfile.BadZipFile) as error:
+            raise _Missing(f"model.keras is damaged, or not a model: {error}") from error
 
     def _file(self, name: str) -> Path:
         path = self.folder / name

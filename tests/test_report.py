@@ -190,6 +190,19 @@ def test_a_section_says_what_it_lacks(copied, name, capsys):
     assert f"Written: {copied / 'report.html'}" in told.out
 
 
+DAMAGED = {"history.csv": "Training", "summary.json": "Overview", "model.keras": "Energy"}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_section_says_what_is_damaged(copied, name):
+    (copied / name).write_text("{}\n{}")
+    written = report.write(copied, examples=10)
+    assert f"{name} is damaged" in Path(written.html).read_text()
+    if name != "summary.json":  # beside which the overview has the recipe
+        assert f"{name} is damaged" in written.missing[DAMAGED[name]]
+    assert len(written.missing) < len(SECTIONS)
+
+
 def test_a_data_set_that_is_not_there(copied):
     settings = json.loads((copied / "recipe.json").read_text())
     (copied / "recipe.json").write_text(json.dumps({**settings, "data": "folder:/nowhere"}))
