@@ -35,7 +35,7 @@ FORMS = ("inference", "trace")
 # At most so many times the time of inference.
 LIMIT = 1.3
 # Growth of the peak that is noise of the allocator: a byte for each image and neuron would be 1,400 MB.
-GROWTH_MB = 8.0
+GROWTH_MB = 32.0
 
 
 def images(examples: int, batch: int, shape: tuple[int, ...]) -> Iterator[np.ndarray]:

@@ -671,7 +671,7 @@ def test_tracing_has_a_verdict(benchmark, monkeypatch, tmp_path, capsys):
     table = (tmp_path / "tracing_cost_tensorflow.md").read_text()
     assert "| trace | 6.00 | 12.50 | 1.20 | 1.25 | 950 | 955 |" in table
     assert "times that of inference: met." in table
-    assert "8 MB: met." in table
+    assert "32 MB: met." in table
     made_up["trace"] |= {"cpu_s": 13.1, "peak_mb": 1900.0}
     cost.compare(cost.parser().parse_args(["--rounds", "1"]))
     assert "times that of inference: not met." in capsys.readouterr().out

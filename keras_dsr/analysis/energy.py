@@ -8,9 +8,9 @@ Sources:
 - M. Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC 2014, Fig. 1.1.9: 45 nm, 0.9 V; 32-bit
   float addition 0.9 pJ, multiplication 3.7 pJ; 8-bit whole-number multiplication 0.2 pJ, 32-bit addition 0.1 pJ; 64
   bits from a memory of 8 KB 10 pJ, 32 KB 20 pJ, 1 MB 100 pJ, DRAM 1.3 to 2.6 nJ.
-- M. Davies et al., "Loihi: A Neuromorphic Manycore Processor with On-Chip Learning", IEEE Micro 38(1), 2018, Table 2:
-  14 nm; 23.6 pJ a synaptic operation (least), 81 pJ an update of an active neuron (52 pJ of an inactive one), 1.7 pJ a
-  spike within its tile.
+- M. Davies et al., "Loihi: A Neuromorphic Manycore Processor with On-Chip Learning", IEEE Micro 38(1), 2018: 14 nm,
+  simulated; 23.6 pJ a synaptic operation (least), 81 pJ an update of an active neuron (52 pJ of an inactive one), 1.7
+  pJ a spike within its tile.
 - P. A. Merolla et al., "A million spiking-neuron integrated circuit with a scalable communication network and
   interface", Science 345, 2014: 28 nm; TrueNorth, 26 pJ a synaptic event, all of the chip included.
 - C. Frenkel et al., "A 0.086-mm2 12.7-pJ/SOP 64k-Synapse 256-Neuron Online-Learning Digital Spiking Neuromorphic
@@ -64,7 +64,9 @@ HARDWARE: dict[str, Hardware] = {
     for hardware in (
         Hardware("45nm-float32", _HOROWITZ, 0.9e-12, 4.6e-12, 0.9e-12, 4.6e-12, bits=(32, 32, 32)),
         Hardware("45nm-int8", _HOROWITZ, 0.1e-12, 0.3e-12, 0.1e-12, 0.3e-12, bits=(8, 32, 8)),
-        Hardware("loihi", "Davies et al., IEEE Micro 2018, 14 nm", 23.6e-12, None, 81e-12, 81e-12, spike=1.7e-12),
+        Hardware(
+            "loihi", "Davies et al., IEEE Micro 2018, 14 nm, simulated", 23.6e-12, None, 81e-12, 81e-12, spike=1.7e-12
+        ),
         Hardware("truenorth", "Merolla et al., Science 2014, 28 nm", 26e-12, None, 0.0, 0.0),
         Hardware("odin", "Frenkel et al., IEEE TBioCAS 2019, 28 nm", 12.7e-12, None, 0.0, 0.0),
     )

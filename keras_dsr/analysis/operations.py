@@ -178,7 +178,7 @@ def count_operations(model: keras.Model, x: np.ndarray | Iterable[Any], batch_si
     def collect(name: str, layer: Any, received: Any, output: Any, real: Any) -> dict[str, Any]:
         if name in neurons:
             values = output if hasattr(output, "shape") else next(iter(output))
-            return {"spikes": tracing.count_over_batch(values, real)}
+            return {"spikes": tracing.spikes_over_batch(layer, values, real)}
         if name not in plan:
             return {}
         x = received[0] if isinstance(received, (list, tuple)) else received
@@ -405,8 +405,10 @@ def _behind(layer: Any, source: _Source) -> _Source:
 
 def _count(x: Any, source: _Source, neurons: dict[str, SpikingNeuron], real: Any) -> Any:
     """What each place of a tensor (batch, ...) brings about, over the batch: spikes, or numbers that are not 0."""
-    if source.neuron is None or source.window == 1:
+    if source.neuron is None:
         return tracing.count_over_batch(x, real)
+    if source.window == 1:
+        return tracing.spikes_over_batch(neurons[source.neuron], x, real)
     neuron = neurons[source.neuron]
     worth = ops.cast(neuron.threshold, "float32") * (neuron.scale / source.window)
     return ops.tensordot(real, ops.round(ops.cast(x, "float32") / worth), axes=1)

@@ -77,6 +77,17 @@ def test_a_trace_is_a_count_of_raw_spikes(case):
     assert traced.spikes_per_sample == pytest.approx(sum((values != 0).sum() for values in raw.values()) / 10)
 
 
+def test_half_precision_counts_each_spike():
+    neuron = layers.IFSpike(threshold=1 / 3, dtype="bfloat16", timesteps=5, name="n")
+    inputs = keras.Input((40,))
+    model = keras.Model(inputs, layers.SpikeRep(dtype="bfloat16")(neuron(inputs)))
+    x = np.random.default_rng(0).uniform(0, 0.5, (300, 40)).astype("float32")
+    (recorded,) = analysis.trace_batches(model, x, 300)
+    counts = analysis.trace(model, x, 300).layers["n"].counts
+    assert counts.max() > 200
+    np.testing.assert_array_equal(counts, recorded["n"].spikes.sum(axis=0))
+
+
 @pytest.mark.tensorflow_only
 @pytest.mark.parametrize(
     ("build", "shape"),
