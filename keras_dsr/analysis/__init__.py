@@ -15,7 +15,7 @@ from keras_dsr.analysis.anytime import EarlyExit, outputs_by_step, predict
 from keras_dsr.analysis.energy import HARDWARE, Estimate, Hardware, estimate
 from keras_dsr.analysis.operations import Operations, count_operations
 from keras_dsr.analysis.representation import errors, propose_alpha, response
-from keras_dsr.analysis.tracing import LayerTrace, Recording, Trace, Tracer, trace, trace_batches
+from keras_dsr.analysis.tracing import LayerTrace, Recorder, Recording, Trace, Tracer, trace, trace_batches
 
 __all__ = [
     "HARDWARE",
@@ -24,6 +24,7 @@ __all__ = [
     "Hardware",
     "LayerTrace",
     "Operations",
+    "Recorder",
     "Recording",
     "Trace",
     "Tracer",

@@ -7,6 +7,7 @@ answers of N networks with 1 to N steps (Figure 3a), and a sample whose answer i
 - `EarlyExit`: the rule; `trade_off` shows what it costs in accuracy and saves in steps, and `choose` takes one
 - `predict`: a model's answers, each sample stopped where the rule says; `predict_served` the same of anything that runs
   a single step, such as the signature `step` of an export
+- `StepRunner`: `outputs_by_step` and `predict` of one model time and again, compiled once
 
 Reference: Meng et al., CVPR 2022, Figure 3a (one network for each number of steps there, one for all here).
 """
@@ -21,7 +22,11 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_dsr import graph
 from keras_dsr.analysis import tracing
+from keras_dsr.coding import RateCoding
+from keras_dsr.layers import SpikeRep, ToStream
+from keras_dsr.layers.neurons import SpikingNeuron
 from keras_dsr.stepping import Stepper
 
 # Of an export's `step`: what is an answer, and what the next step starts from.
@@ -37,8 +42,9 @@ class EarlyExit:
     to the last step.
 
     After few steps outputs are coarse: a single spike at the first is worth V_th, as much as N of them at the last.
-    With `horizon` N, outputs after n steps count n / N of themselves: what they would be at step N if nothing came any
-    more. So confidence grows with the spikes that have come.
+    With `horizon` N, outputs after n steps count as what they would be at step N if nothing came any more: n / N of
+    themselves for rate coding, lambda^(N - n) (1 - lambda^n) / (1 - lambda^N) for weighted rate coding. So confidence
+    grows with the spikes that have come.
 
     Args:
         confidence: In (0, 1]. Choose it by `trade_off` on validation examples: as no output is larger than the last
@@ -46,6 +52,8 @@ class EarlyExit:
         patience: Number of steps in a row, at least 1.
         least_steps: Number of steps that every sample runs for, at least 1.
         horizon: Number N of time steps of the whole run; `None` to take outputs as they are.
+        decay: Of the coding that outputs are in, for `horizon`: 1 for IF neurons, lambda = exp(-dt / tau) for LIF;
+            `coding.decay` of the last neurons.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -55,8 +63,11 @@ class EarlyExit:
     patience: int = 1
     least_steps: int = 1
     horizon: int | None = None
+    decay: float = 1.0
 
     def __post_init__(self) -> None:
+        if not (math.isfinite(self.decay) and 0 < self.decay <= 1):
+            raise ValueError(f"decay is what a coding keeps in a time step, in (0, 1]. Received decay={self.decay!r}.")
         if not (math.isfinite(self.confidence) and 0 < self.confidence <= 1):
             raise ValueError(f"confidence is a probability in (0, 1]. Received confidence={self.confidence!r}.")
         for name in ("patience", "least_steps", "horizon"):
@@ -65,6 +76,13 @@ class EarlyExit:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is a number of steps of at least 1. Received {name}={value!r}.")
+
+    def part(self, number: int) -> float:
+        """What part of themselves outputs after `number` steps count; 1 without a horizon, and beyond it."""
+        if self.horizon is None or number >= self.horizon:
+            return 1.0
+        weights = self.decay ** np.arange(self.horizon - 1, -1, -1, dtype="float64")
+        return float(weights[:number].sum() / weights.sum())
 
     def start(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """What the rule remembers of `count` samples ahead of their first step."""
@@ -84,7 +102,7 @@ class EarlyExit:
             Booleans (samples,), and what the rule remembers.
         """
         best = outputs.argmax(axis=1)
-        certain = _confidence(outputs if self.horizon is None else outputs * (number / self.horizon)) >= self.confidence
+        certain = _confidence(outputs * self.part(number)) >= self.confidence
         before, in_row = memory
         in_row = np.where(certain, np.where(best == before, in_row, 0) + 1, 0)
         return (in_row >= self.patience) & (number >= self.least_steps), (best, in_row)
@@ -140,7 +158,8 @@ class _Step(keras.Model):
     """One time step of a model, with state in and out, in the form that Keras compiles."""
 
     def __init__(self, stepper: Stepper) -> None:
-        super().__init__(name="step")
+        # As a policy in force would round potentials and counts at each step.
+        super().__init__(name="step", dtype="float32", autocast=False)
         self.model = stepper.model
         self.stepper = stepper
 
@@ -149,8 +168,77 @@ class _Step(keras.Model):
         self.built = True
 
     def call(self, inputs: Any) -> Any:
-        result = self.stepper(inputs["input"], {name: inputs[f"state/{name}"] for name in self.stepper.state})
+        x = inputs["input"]
+        if self.stepper.takes_frames:
+            x = graph.standardized(self.model, keras.ops.expand_dims(x, 1))[:, 0]
+        else:
+            x = graph.standardized(self.model, x)
+        result = self.stepper(x, {name: inputs[f"state/{name}"] for name in self.stepper.state})
         return {"output": result.output, **{f"state/{name}": value for name, value in result.state.items()}}
+
+
+class StepRunner:
+    """A model run step by step, time and again: it is compiled once for each batch size.
+
+    Args:
+        model: A functional or Sequential model with spiking layers, as `keras_dsr.stepping.Stepper` takes it. Its
+            weights may change in between.
+
+    Attributes:
+        decay: Of the coding that the model's outputs are in; what `EarlyExit` takes, with a horizon.
+
+    Raises:
+        ValueError: if the model cannot run step by step.
+    """
+
+    def __init__(self, model: keras.Model) -> None:
+        self.stepper = Stepper(model)
+        self.decay = _decay(model)
+        self._compiled = _Step(self.stepper)
+
+    def outputs(self, x: np.ndarray | Iterable[Any], batch_size: int = 128, timesteps: int | None = None) -> np.ndarray:
+        """As `outputs_by_step`."""
+        found = []
+        for count, batch in tracing.full_batches(x, batch_size):
+            state, outputs = self._start(len(batch)), []
+            for number in range(self._steps(batch, timesteps)):
+                output, state = self._step(batch[:, number] if self.stepper.takes_frames else batch, state)
+                outputs.append(output[:count])
+            found.append(np.stack(outputs, axis=1))
+        return np.concatenate(found).astype("float32")
+
+    def predict(self, x: np.ndarray | Iterable[Any], rule: EarlyExit = EarlyExit(), batch_size: int = 128) -> Answers:
+        """As `predict`."""
+        if rule.horizon is not None and not math.isclose(rule.decay, self.decay):
+            raise ValueError(
+                f"With a horizon, decay is that of the coding that outputs are in: {self.decay:g} in model "
+                f"{self.stepper.model.name!r}. Received decay={rule.decay:g}."
+            )
+        frames = self.stepper.takes_frames
+        found = [
+            _run(self._step, batch, self._start(len(batch)), frames, self._steps(batch, None), rule)
+            for batch in tracing.batches(x, batch_size)
+            if len(batch)
+        ]
+        if not found:
+            raise ValueError("There is nothing to run the model on: received no samples.")
+        return _joined(found)
+
+    def _step(self, x: np.ndarray, state: dict[str, Any]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        parts = {f"state/{name}": state[name] for name in self.stepper.state}
+        results = self._compiled.predict_on_batch({"input": x, **parts})
+        return np.asarray(results["output"]), {name: np.asarray(results[f"state/{name}"]) for name in state}
+
+    def _start(self, count: int) -> dict[str, np.ndarray]:
+        return {name: np.zeros((count, *shape), dtype) for name, (shape, dtype) in self.stepper.state.items()}
+
+    def _steps(self, x: np.ndarray, timesteps: int | None) -> int:
+        _check_timesteps(timesteps)
+        if not self.stepper.takes_frames:
+            return self.stepper.timesteps if timesteps is None else timesteps
+        if timesteps is not None and timesteps > x.shape[1]:
+            raise ValueError(f"A step takes a frame, and there are {x.shape[1]}. Received timesteps={timesteps!r}.")
+        return x.shape[1] if timesteps is None else timesteps
 
 
 def outputs_by_step(
@@ -158,35 +246,23 @@ def outputs_by_step(
 ) -> np.ndarray:
     """A model's outputs after each time step.
 
+    It compiles the model; `StepRunner(model)` does so once for many calls.
+
     Args:
         model: A functional or Sequential model with spiking layers, as `keras_dsr.stepping.Stepper` takes it.
         x: Its input, of shape (samples, ...); or batches of it, or of (input, labels).
         batch_size: Samples that run at once, of an array.
-        timesteps: Number of steps; `None` for as many as the model, or its input, has. More are possible for a model
-            that is fed with static input.
+        timesteps: Number of steps, at least 1; `None` for as many as the model, or its input, has. More are possible
+            for a model that is fed with static input.
 
     Returns:
         float32 of shape (samples, time, ...).
 
     Raises:
-        ValueError: if the model cannot run step by step, there are fewer frames than steps, or `x` is empty.
+        ValueError: if the model cannot run step by step, `timesteps` is below 1, there are fewer frames than steps, or
+            `x` is empty.
     """
-    stepper, each = _stepper(model)
-    found = []
-    size = None
-    for batch in tracing.batches(x, batch_size):
-        if not len(batch):
-            continue
-        size = size or len(batch)
-        filled = np.concatenate([batch, np.repeat(batch[-1:], max(size - len(batch), 0), axis=0)])
-        state, outputs = _state(stepper, len(filled)), []
-        for number in range(_steps(stepper, filled, timesteps)):
-            output, state = each(_frame(stepper, filled, number), state)
-            outputs.append(output[: len(batch)])
-        found.append(np.stack(outputs, axis=1))
-    if not found:
-        raise ValueError("There is nothing to run the model on: received no samples.")
-    return np.concatenate(found).astype("float32")
+    return StepRunner(model).outputs(x, batch_size, timesteps)
 
 
 def accuracy_by_step(outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -212,6 +288,7 @@ def trade_off(
     patience: Sequence[int] = (1, 2),
     least_steps: int = 1,
     horizon: int | None = None,
+    decay: float = 1.0,
 ) -> list[Point]:
     """Accuracy and steps of early exit, for many rules, from one run.
 
@@ -224,6 +301,7 @@ def trade_off(
         patience: Of the rules.
         least_steps: Of the rules.
         horizon: Of the rules.
+        decay: Of the rules.
 
     Returns:
         A point for each rule, by patience, then by confidence.
@@ -234,13 +312,14 @@ def trade_off(
     outputs, labels = _checked(outputs, labels)
     right = outputs.argmax(axis=2) == labels[:, np.newaxis]
     if confidences is None:
-        weights = 1 if horizon is None else np.arange(1, outputs.shape[1] + 1)[:, np.newaxis] / horizon
-        every = _confidence((outputs * weights).reshape(-1, outputs.shape[2]))
+        like = EarlyExit(horizon=horizon, decay=decay)
+        parts = np.array([like.part(number) for number in range(1, outputs.shape[1] + 1)])
+        every = _confidence((outputs * parts[:, np.newaxis]).reshape(-1, outputs.shape[2]))
         confidences = np.unique([*np.quantile(every, np.linspace(0, 1, 20)), 1.0]).tolist()
     points = []
     for each in patience:
         for confidence in confidences:
-            rule = EarlyExit(confidence, each, least_steps, horizon)
+            rule = EarlyExit(confidence, each, least_steps, horizon, decay)
             steps = rule.steps(outputs)
             accuracy = right[np.arange(len(right)), steps - 1].mean()
             points.append(Point(rule, float(accuracy), float(steps.mean())))
@@ -270,7 +349,7 @@ def predict(
     """A classifier's answers, each sample stopped where the rule says.
 
     What has stopped is taken out of the batch, so that it costs nothing further. Batches shrink by halves, so that the
-    model is compiled for few sizes.
+    model is compiled for few sizes; `StepRunner(model)` keeps these for many calls.
 
     Args:
         model: A functional or Sequential classifier, as `keras_dsr.stepping.Stepper` takes it.
@@ -278,18 +357,14 @@ def predict(
         rule: When to stop.
         batch_size: Samples that run at once, of an array.
 
+    Returns:
+        The outputs where each sample stopped, and the steps that it ran for.
+
     Raises:
-        ValueError: if the model cannot run step by step, or `x` is empty.
+        ValueError: if the model cannot run step by step, the rule has a horizon and not the decay of the model's coding
+            (`StepRunner.decay`), or `x` is empty.
     """
-    stepper, each = _stepper(model)
-    found = []
-    for batch in tracing.batches(x, batch_size):
-        if len(batch):
-            last = _steps(stepper, batch, None)
-            found.append(_run(each, batch, _state(stepper, len(batch)), stepper.takes_frames, last, rule))
-    if not found:
-        raise ValueError("There is nothing to run the model on: received no samples.")
-    return _joined(found)
+    return StepRunner(model).predict(x, rule, batch_size)
 
 
 def predict_served(
@@ -299,6 +374,7 @@ def predict_served(
     timesteps: int | None = None,
     rule: EarlyExit = EarlyExit(),
     input_name: str | None = None,
+    batch_size: int = 128,
 ) -> Answers:
     """The same of an exported network, by its signatures `step` and `initial_state`.
 
@@ -308,12 +384,16 @@ def predict_served(
             server.
         initial_state: From `stream`, an int64 array (samples,), to the state by name.
         x: Frames (samples, time, ...); or with `timesteps` a static input (samples, ...).
-        timesteps: Number of steps for a static input; `None` for frames.
+        timesteps: Number of steps for a static input, at least 1; `None` for frames.
         rule: When to stop.
         input_name: What the input of `step` is called: `None` for "frame", or "image" for a static input.
+        batch_size: Samples that run at once.
+
+    Returns:
+        The outputs where each sample stopped, and the steps that it ran for.
 
     Raises:
-        ValueError: if `step` gives neither logits nor an output, or there are no samples.
+        ValueError: if `step` gives neither logits nor an output, an argument is out of range, or there are no samples.
 
     Example:
 
@@ -322,6 +402,7 @@ def predict_served(
     """
     if not len(x):
         raise ValueError("There is nothing to run the network on: received no samples.")
+    _check_timesteps(timesteps)
     frames = timesteps is None
     name = input_name or ("frame" if frames else "image")
 
@@ -333,8 +414,13 @@ def predict_served(
         after = {part: np.asarray(results[f"next_{part}"]) for part in state}
         return np.asarray(answer), after
 
-    state = {part: np.asarray(value) for part, value in initial_state(stream=_like(np.arange(len(x)))).items()}
-    return _run(each, np.asarray(x), state, frames, x.shape[1] if frames else timesteps, rule)
+    found, first = [], 0
+    for batch in tracing.batches(np.asarray(x), batch_size):
+        started = initial_state(stream=_like(np.arange(first, first + len(batch))))
+        state = {part: np.asarray(value) for part, value in started.items()}
+        found.append(_run(each, batch, state, frames, batch.shape[1] if frames else timesteps, rule))
+        first += len(batch)
+    return _joined(found)
 
 
 Each = Callable[[np.ndarray, dict[str, Any]], tuple[np.ndarray, dict[str, np.ndarray]]]
@@ -372,31 +458,23 @@ def _joined(found: Sequence[Answers]) -> Answers:
     return Answers(np.concatenate([each.outputs for each in found]), np.concatenate([each.steps for each in found]))
 
 
-def _stepper(model: keras.Model) -> tuple[Stepper, Each]:
-    stepper = Stepper(model)
-    compiled = _Step(stepper)
-
-    def each(x: np.ndarray, state: dict[str, Any]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        results = compiled.predict_on_batch({"input": x, **{f"state/{name}": state[name] for name in stepper.state}})
-        return np.asarray(results["output"]), {name: np.asarray(results[f"state/{name}"]) for name in stepper.state}
-
-    return stepper, each
-
-
-def _state(stepper: Stepper, count: int) -> dict[str, np.ndarray]:
-    return {name: np.zeros((count, *shape), dtype) for name, (shape, dtype) in stepper.state.items()}
+def _decay(model: keras.Model) -> float:
+    """Of the coding that the last readout speaks: that of the neurons whose stream it reads, or its own."""
+    coding = RateCoding()
+    neuron = coding
+    for _, layer, inputs in graph.calls(model):
+        if isinstance(layer, (SpikingNeuron, ToStream)):
+            neuron = layer.coding
+        elif isinstance(layer, SpikeRep):
+            coding = neuron if isinstance(inputs, (list, tuple)) else layer.coding
+    return coding.decay
 
 
-def _steps(stepper: Stepper, x: np.ndarray, timesteps: int | None) -> int:
-    available = x.shape[1] if stepper.takes_frames else None
-    wanted = timesteps or (available if stepper.takes_frames else stepper.timesteps)
-    if available is not None and wanted > available:
-        raise ValueError(f"A step takes a frame, and there are {available}. Received timesteps={timesteps!r}.")
-    return wanted
-
-
-def _frame(stepper: Stepper, x: np.ndarray, number: int) -> np.ndarray:
-    return x[:, number] if stepper.takes_frames else x
+def _check_timesteps(timesteps: int | None) -> None:
+    if timesteps is None:
+        return
+    if isinstance(timesteps, bool) or not isinstance(timesteps, (int, np.integer)) or timesteps < 1:
+        raise ValueError(f"timesteps is a number of steps of at least 1, or None. Received timesteps={timesteps!r}.")
 
 
 def _confidence(outputs: np.ndarray) -> np.ndarray:

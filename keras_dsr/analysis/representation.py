@@ -205,7 +205,10 @@ def response(coding: Coding, timesteps: int, alpha: float, points: int = 1001) -
         coding: `RateCoding()` for IF neurons, `WeightedRateCoding(tau, dt)` for LIF.
         timesteps: N, at least 1.
         alpha: It fires at alpha V_th: 1 without the paper's firing mechanism, 0.5 or another with it.
-        points: Number of currents, evenly from -0.25 to 1.25 of what brings the largest output.
+        points: Number of currents, at least 2, evenly from -0.25 to 1.25 of what brings the largest output.
+
+    Returns:
+        What comes out of each current, beside the clamp.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -223,6 +226,7 @@ def response(coding: Coding, timesteps: int, alpha: float, points: int = 1001) -
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha, the firing level as a part of V_th, is in [0, 1]. Received alpha={alpha!r}.")
     coding.weights(timesteps)  # raises, if that is no number of steps
+    _check_count("points", points, 2)
     received = np.linspace(-0.25, 1.25, points)
     output = _constant(received.astype("float32") * _full(coding), coding, timesteps, alpha, 1.0)
     return Response(received, output / coding.bound(1.0), np.clip(received, 0, 1))
@@ -242,7 +246,8 @@ def measured_response(
         x: Its input, of shape (samples, ...); or batches of it, or of (input, labels).
         alpha: What each layer would put out with another alpha, its currents as they are: 1 for without the firing
             mechanism. `None` for its own.
-        bins: Number of bins, evenly from -0.25 to 1.25 of what brings the largest output; what is beyond is left out.
+        bins: Number of bins, at least 1, evenly from -0.25 to 1.25 of what brings the largest output; what is beyond is
+            left out.
         batch_size: Samples that run at once, of an array.
 
     Returns:
@@ -255,6 +260,7 @@ def measured_response(
     """
     if alpha is not None and not 0 <= alpha <= 1:
         raise ValueError(f"alpha, the firing level as a part of V_th, is in [0, 1]. Received alpha={alpha!r}.")
+    _check_count("bins", bins, 1)
     edges = np.linspace(-0.25, 1.25, bins + 1)
     sums: dict[str, np.ndarray] = {}
     for recordings in tracing.trace_batches(model, x, batch_size):
@@ -329,6 +335,11 @@ def propose_alpha(
     equal = np.flatnonzero(found <= found.min() * (1 + 1e-6))
     best = equal[np.argmin(np.abs(tried[equal] - 0.5))]
     return Proposal(float(tried[best]), float(found[best]), tried, found)
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"{name} is a whole number of at least {least}. Received {name}={value!r}.")
 
 
 def _full(coding: Coding) -> float:

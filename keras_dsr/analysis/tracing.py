@@ -101,6 +101,11 @@ class Trace:
         return {name: layer.firing_rate for name, layer in self.layers.items()}
 
     @property
+    def firing_rate(self) -> float:
+        """Spikes that a neuron fires in a time step, from 0 to 1: mean over samples, steps and all neurons."""
+        return self.spikes_per_sample / sum(layer.counts.size for layer in self.layers.values())
+
+    @property
     def spikes_per_sample(self) -> float:
         """Spikes of all layers together that one sample brings about."""
         return sum(layer.spikes for layer in self.layers.values()) / self.samples
@@ -145,9 +150,10 @@ class Recording:
         gain = one if decay == 1 else one - decay
         potential = np.zeros_like(self.currents[:, 0])
         potentials = np.empty_like(self.currents)
+        spikes = self.spikes
         for step in range(self.currents.shape[1]):
             drive = self.currents[:, step] * gain
-            potential = potential * decay + drive - np.float32(self.threshold) * self.spikes[:, step]
+            potential = potential * decay + drive - np.float32(self.threshold) * spikes[:, step]
             potentials[:, step] = potential
         return potentials
 
@@ -179,7 +185,8 @@ class Probe(keras.Model):
             raise ValueError(
                 f"A model with one input can be looked into. Received {model.name!r} with {len(model.inputs)} inputs."
             )
-        super().__init__(name="probe")
+        # What goes in is the model's own matter: a policy that is in force here would round it.
+        super().__init__(name="probe", dtype="float32", autocast=False)
         self.model = model
         self.collect = collect
 
@@ -200,7 +207,7 @@ class Probe(keras.Model):
 
             return call
 
-        graph.walk(self.model, x, watch)
+        graph.walk(self.model, graph.standardized(self.model, x), watch)
         return found
 
 
@@ -287,6 +294,40 @@ def trace(model: keras.Model, x: np.ndarray | Iterable[Any], batch_size: int = 1
     return Tracer(model)(x, batch_size)
 
 
+class Recorder:
+    """Recordings of one model, time and again: it is compiled once, where `trace_batches` compiles it with each call.
+
+    Args:
+        model: A functional or Sequential model with spiking layers and one input. Its weights may change in between.
+
+    Raises:
+        ValueError: if the model has no spiking layers or no time steps, or a layer runs more than once in it.
+    """
+
+    def __init__(self, model: keras.Model) -> None:
+        self._neurons = neurons_by_name(model)
+        self._probe = Probe(model, _everything)
+
+    def __call__(self, x: np.ndarray | Iterable[Any], batch_size: int = 32) -> Iterator[dict[str, Recording]]:
+        """As `trace_batches`."""
+        for count, parts in run(self._probe, x, batch_size):
+            recordings = {}
+            for name, neuron in self._neurons.items():
+                kept = {part: parts[f"{name}/{part}"][:count] for part in ("output", "representation", "received")}
+                current = parts[f"{name}/currents"][:count]
+                if current.ndim < kept["output"].ndim:  # the same at each step
+                    current = np.repeat(current[:, np.newaxis], kept["output"].shape[1], axis=1)
+                recordings[name] = Recording(
+                    currents=current,
+                    threshold=float(np.asarray(neuron.threshold)),
+                    alpha=neuron.alpha,
+                    coding=neuron.coding,
+                    scale=neuron.scale,
+                    **kept,
+                )
+            yield recordings
+
+
 def trace_batches(
     model: keras.Model, x: np.ndarray | Iterable[Any], batch_size: int = 32
 ) -> Iterator[dict[str, Recording]]:
@@ -307,23 +348,7 @@ def trace_batches(
         ValueError: if the model has no spiking layers or no time steps, a layer runs more than once in it, or `x` is
             empty.
     """
-    neurons = neurons_by_name(model)
-    for count, parts in run(Probe(model, _everything), x, batch_size):
-        recordings = {}
-        for name, neuron in neurons.items():
-            kept = {part: parts[f"{name}/{part}"][:count] for part in ("output", "representation", "received")}
-            current = parts[f"{name}/currents"][:count]
-            if current.ndim < kept["output"].ndim:  # the same at each step
-                current = np.repeat(current[:, np.newaxis], kept["output"].shape[1], axis=1)
-            recordings[name] = Recording(
-                currents=current,
-                threshold=float(np.asarray(neuron.threshold)),
-                alpha=neuron.alpha,
-                coding=neuron.coding,
-                scale=neuron.scale,
-                **kept,
-            )
-        yield recordings
+    yield from Recorder(model)(x, batch_size)
 
 
 def neurons_by_name(model: keras.Model) -> dict[str, SpikingNeuron]:
@@ -372,17 +397,32 @@ def run(probe: Probe, x: np.ndarray | Iterable[Any], batch_size: int) -> Iterato
     Raises:
         ValueError: if there are no samples.
     """
+    for count, batch in full_batches(x, batch_size):
+        real = (np.arange(len(batch)) < count).astype("float32")
+        results = probe.predict_on_batch((batch, real))
+        yield count, {name: np.asarray(value) for name, value in results.items()}
+
+
+def full_batches(x: np.ndarray | Iterable[Any], batch_size: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Batches as `batches` gives them, a short one filled up to the size of the first: a model compiles for one shape.
+
+    Args:
+        x: An array (samples, ...); or batches, or (batch, labels).
+        batch_size: Samples of a batch, of an array.
+
+    Yields:
+        The number of samples, and these, filled up with the last one.
+
+    Raises:
+        ValueError: if there are no samples, or `batch_size` is below 1.
+    """
     size = None
     for batch in batches(x, batch_size):
         if not len(batch):
             continue
         size = size or len(batch)
-        # A last batch that is short is filled up, so that the model compiles for one shape.
         missing = max(size - len(batch), 0)
-        filled = np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)]) if missing else batch
-        real = (np.arange(len(filled)) < len(batch)).astype("float32")
-        results = probe.predict_on_batch((filled, real))
-        yield len(batch), {name: np.asarray(value) for name, value in results.items()}
+        yield len(batch), np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)]) if missing else batch
     if size is None:
         raise ValueError("There is nothing to run the model on: received no samples.")
 

@@ -136,6 +136,15 @@ def test_alpha_of_leaky_neurons_is_the_least_of_an_oracle():
     assert found.error == found.errors.min()
 
 
+def test_the_papers_alpha_of_leaky_neurons_is_as_good_as_the_least():
+    """Table 5: LIF neurons of tau = 1 and dt = 0.05 at N = 20 have alpha 0.3."""
+    found = representation.propose_alpha(20, WeightedRateCoding(tau=1.0, dt=0.05))
+    (paper,) = found.errors[found.alphas == 0.3]
+    assert paper <= 1.02 * found.error
+    (half,) = found.errors[found.alphas == 0.5]
+    assert half > 1.1 * found.error
+
+
 def test_alpha_for_what_a_layer_receives():
     """Where all inputs are 0.6 of a single step's spike, firing early is right; where all are 0.2 it is not."""
     assert representation.propose_alpha(1, alphas=(0.3, 0.9), received=np.full(9, 0.8)).alpha == 0.3
@@ -151,6 +160,8 @@ def test_bad_input():
         (lambda: representation.errors(model, x[:0]), "received no samples"),
         (lambda: representation.errors(models.with_timesteps(model, 0), x), "representation network"),
         (lambda: representation.response(RateCoding(), 4, -0.1), r"alpha.*in \[0, 1\].*-0.1"),
+        (lambda: representation.response(RateCoding(), 4, 0.5, points=1), "points is a whole number of at least 2"),
+        (lambda: representation.measured_response(model, x, bins=0), "bins is a whole number of at least 1.*bins=0"),
         (lambda: representation.response(RateCoding(), 0, 0.5), "1 or more time steps. Received timesteps=0"),
         (lambda: representation.propose_alpha(0), "1 or more time steps. Received timesteps=0"),
         (lambda: representation.propose_alpha(4, alphas=()), r"alphas are one or more numbers in \[0, 1\]"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import helpers
 import keras
 import numpy as np
 import pytest
 
-from keras_dsr import analysis, layers, models
+from keras_dsr import analysis, data, layers, models
+from keras_dsr.analysis import tracing
 from keras_dsr.stepping import Stepper
 
 
@@ -30,16 +33,34 @@ def plain_model() -> keras.Model:
 
 
 MODELS = {
-    "static": (lambda: models.small_cnn((4, 6), layers.IFSpike(threshold=0.5), timesteps=5), (8, 8, 1)),
+    "static": (lambda: models.small_cnn((3,), layers.IFSpike(threshold=0.5), 3, input_shape=(4, 4, 1)), (4, 4, 1)),
     "frames": (frames_model, (3, 4, 4, 2)),
     "plain": (plain_model, (5, 6)),
 }
 
 
-@pytest.fixture(params=MODELS)
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model, its input, and what is found in it: made once, as each needs the model to be compiled."""
+
+    model: keras.Model
+    x: np.ndarray
+    traced: analysis.Trace
+    recorded: list[dict[str, analysis.Recording]]
+    raw: dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def case(request):
     build, shape = MODELS[request.param]
-    return build(), np.random.default_rng(0).normal(0.5, 1, (10, *shape)).astype("float32")
+    keras.utils.set_random_seed(0)
+    model, x = build(), np.random.default_rng(0).normal(0.5, 1, (10, *shape)).astype("float32")
+    return Case(model, x, analysis.trace(model, x, 4), list(analysis.trace_batches(model, x, 4)), outputs_of(model, x))
+
+
+def joined(recorded, name, what):
+    """What all batches have."""
+    return np.concatenate([getattr(batch[name], what) for batch in recorded])
 
 
 def outputs_of(model, x):
@@ -59,9 +80,7 @@ def represented(layer, values):
 
 
 def test_a_trace_is_a_count_of_raw_spikes(case):
-    model, x = case
-    traced = analysis.trace(model, x, batch_size=4)
-    raw = outputs_of(model, x)
+    model, traced, raw = case.model, case.traced, case.raw
     assert traced.samples == 10
     assert list(traced.layers) == [layer.name for layer in helpers.neuron_layers(model)]
     for name, values in raw.items():
@@ -74,6 +93,8 @@ def test_a_trace_is_a_count_of_raw_spikes(case):
         assert layer.silent == pytest.approx(1 - fired.any(axis=(0, 1)).mean())
         assert layer.timesteps == fired.shape[1]
         assert layer.neurons == np.prod(fired.shape[2:])
+    fired, size = (sum(get(values) for values in raw.values()) for get in (np.count_nonzero, np.size))
+    assert traced.firing_rate == pytest.approx(fired / size)
     assert traced.spikes_per_sample == pytest.approx(sum((values != 0).sum() for values in raw.values()) / 10)
 
 
@@ -88,31 +109,47 @@ def test_half_precision_counts_each_spike():
     np.testing.assert_array_equal(counts, recorded["n"].spikes.sum(axis=0))
 
 
+def real_examples(loaded) -> np.ndarray:
+    return next(iter(loaded.batches(loaded.test, 3).as_numpy_iterator()))[0]
+
+
+def trained_on_digits(unpacked, folder):
+    pytest.importorskip("sklearn")
+    loaded = data.load("digits")
+    model = models.small_cnn((4,), layers.IFSpike(threshold=0.5), timesteps=4)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(0.01), loss, metrics=["accuracy"])
+    x, labels = next(iter(loaded.batches(loaded.train, 512, seed=0).as_numpy_iterator()))
+    history = model.fit(x, labels, batch_size=32, epochs=3, verbose=0).history
+    assert history["accuracy"][-1] > 0.5
+    return model, real_examples(loaded)
+
+
+def trained_on_nmnist(unpacked, folder):
+    loaded = data.load("nmnist", data_dir=unpacked("nmnist"), timesteps=10, cache_dir=folder)
+    return models.vgg(5, classes=10, input_shape=loaded.input_shape, weights="nmnist"), real_examples(loaded)
+
+
+def trained_on_cifar(unpacked, folder):
+    """On noise: unpacking its images takes minutes."""
+    x = np.random.default_rng(0).normal(0, 1, (3, 16, 16, 3)).astype("float32")
+    return models.preact_resnet(20, weights="cifar10", timesteps=2, input_shape=(16, 16, 3)), x
+
+
 @pytest.mark.tensorflow_only
-@pytest.mark.parametrize(
-    ("build", "shape"),
-    [
-        (lambda: models.vgg(5, classes=4, weights="poker_dvs", input_shape=(3, 35, 35, 2)), (3, 35, 35, 2)),
-        (lambda: models.preact_resnet(20, weights="cifar10", timesteps=2, input_shape=(16, 16, 3)), (16, 16, 3)),
-    ],
-    ids=["vgg5", "preact_resnet20"],
-)
-def test_a_trace_of_a_trained_network_is_a_count_of_raw_spikes(build, shape):
-    model = build()
-    x = np.random.default_rng(0).normal(0.5, 1, (3, *shape)).astype("float32")
+@pytest.mark.parametrize("build", [trained_on_digits, trained_on_nmnist, trained_on_cifar])
+def test_a_trace_of_a_trained_network_is_a_count_of_raw_spikes(build, unpacked, tmp_path):
+    model, x = build(unpacked, tmp_path)
     traced = analysis.trace(model, x, batch_size=2)
     raw = helpers.spike_trains(model, x)
     assert list(traced.layers) == list(raw)
     for name, values in raw.items():
         np.testing.assert_array_equal(traced.layers[name].counts, (values != 0).sum(axis=0))
-    assert sum(layer.spikes for layer in traced.layers.values()) > 1000
+        assert traced.layers[name].spikes
 
 
 def test_a_recording_has_all_of_a_batch(case):
-    model, x = case
-    batches = list(analysis.trace_batches(model, x, batch_size=4))
-    raw = outputs_of(model, x)
-    errors = {name: layer for name, layer in analysis.trace(model, x, 4).layers.items()}
+    model, batches, raw, errors = case.model, case.recorded, case.raw, case.traced.layers
     for name, values in raw.items():
         layer = model.get_layer(name)
         recordings = [batch[name] for batch in batches]
@@ -135,19 +172,18 @@ def test_a_recording_has_all_of_a_batch(case):
 
 
 def test_potentials_are_those_that_a_step_by_step_run_keeps(case):
-    model, x = case
-    (recorded,) = analysis.trace_batches(model, x)
+    model, x = case.model, case.x
     stepper = Stepper(model)
     state = stepper.initial_state(len(x))
-    steps = next(iter(recorded.values())).spikes.shape[1]
-    kept = {name: [] for name in recorded}
+    steps = next(iter(case.raw.values())).shape[1]
+    kept = {name: [] for name in case.raw}
     advance = helpers.compiled(lambda x, state: stepper(x, state).state, helpers.BACKEND == "jax")
     for step in range(steps):
         state = advance(x[:, step] if stepper.takes_frames else x, state)
-        for name in recorded:
+        for name in kept:
             kept[name].append(helpers.numpy(state[f"potential_{name}"]))
-    for name, each in recorded.items():
-        np.testing.assert_allclose(each.potentials, np.stack(kept[name], axis=1), atol=2e-5)
+    for name, each in kept.items():
+        np.testing.assert_allclose(joined(case.recorded, name, "potentials"), np.stack(each, axis=1), atol=2e-5)
 
 
 def test_potentials_by_hand():
@@ -166,32 +202,80 @@ def test_potentials_by_hand():
 
 def test_one_batch_at_a_time_is_taken(case):
     """Nothing is read ahead, so memory does not grow with the data."""
-    model, x = case
     taken = []
 
     def read():
-        for start in range(0, 10, 2):
+        for start in range(0, 10, 4):
             taken.append(start)
-            yield x[start : start + 2], np.zeros(2)
+            yield case.x[start : start + 4], np.zeros(4)
 
-    for number, batch in enumerate(analysis.trace_batches(model, read()), start=1):
+    for number, batch in enumerate(analysis.trace_batches(case.model, read()), start=1):
         assert len(taken) == number
-        assert len(next(iter(batch.values())).spikes) == 2
-    assert number == 5
-    summed = analysis.trace(model, read())
-    whole = analysis.trace(model, x)
-    for name, layer in summed.layers.items():
-        np.testing.assert_array_equal(layer.counts, whole.layers[name].counts)
+        assert len(next(iter(batch.values())).spikes) == min(4, 10 - taken[-1])
+    assert number == 3
+    taken.clear()
+    drawn = iter(tracing.run(tracing.Probe(case.model, tracing._sums), read(), 4))
+    next(drawn)
+    assert taken == [0], "a trace takes no batch ahead either"
+
+
+def test_a_trace_and_recordings_time_and_again(case):
+    """What is compiled once takes other samples and other weights."""
+    tracer, recorder = analysis.Tracer(case.model), analysis.Recorder(case.model)
+    neuron = helpers.neuron_layers(case.model)[0]
+    before = neuron.get_weights()
+    for factor in (1.0, 1.5):
+        neuron.set_weights([factor * value for value in before])
+        traced, (recorded, *_) = tracer(case.x[:4], 4), recorder(case.x[:4], 4)
+        for name, layer in traced.layers.items():
+            np.testing.assert_array_equal(layer.counts, recorded[name].spikes.sum(axis=0))
+        assert (traced.layers[neuron.name].spikes == case.recorded[0][neuron.name].spikes.sum()) == (factor == 1)
+    neuron.set_weights(before)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "float64"])
+def test_a_policy_in_force_changes_nothing(policy):
+    """A model of its own precision is looked into in that precision."""
+    inputs = keras.Input((40,))
+    model = keras.Model(inputs, layers.SpikeRep()(layers.IFSpike(threshold=1.0, timesteps=5, name="n")(inputs)))
+    # A part of a thousandth below what fires, which half precision rounds up to it.
+    x = np.full((4, 40), 0.5 - 1e-5, "float32")
+    x[:, ::2] = 0.5
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        counts = analysis.trace(model, x).layers["n"].counts
+        (recorded,) = analysis.trace_batches(model, x)
+    finally:
+        keras.config.set_dtype_policy(before)
+    raw = outputs_of(model, x)["n"] != 0
+    np.testing.assert_array_equal(counts, raw.sum(axis=0))
+    np.testing.assert_array_equal(recorded["n"].spikes.sum(axis=0), counts)
+    np.testing.assert_array_equal(recorded["n"].currents[:, 0], x)
+    assert counts[0].tolist() == [4, 0] * 20
+
+
+def test_whole_numbers_are_taken_as_the_model_takes_them():
+    """Images in bytes, and without an axis of one channel."""
+    inputs = keras.Input((4, 4, 1))
+    x = layers.IFSpike(threshold=200.0, timesteps=3, name="n")(keras.layers.Conv2D(2, 3)(inputs))
+    model = keras.Model(inputs, layers.SpikeRep()(x))
+    images = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 1), "uint8")
+    expected = analysis.trace(model, images.astype("float32")).layers["n"]
+    assert 0 < expected.spikes
+    for given in (images, images[..., 0]):
+        np.testing.assert_array_equal(analysis.trace(model, given).layers["n"].counts, expected.counts)
 
 
 def test_neurons_of_sub_models_have_both_names():
-    model, x = MODELS["static"][0](), np.random.default_rng(0).normal(size=(3, 8, 8, 1)).astype("float32")
-    inputs = keras.Input((8, 8, 1))
+    model, x = plain_model(), np.random.default_rng(0).normal(0.5, 1, (3, 5, 6)).astype("float32")
+    inputs = keras.Input((5, 6))
     outer = keras.Model(inputs, keras.layers.Dense(2)(model(inputs)))
     inner = analysis.trace(model, x)
     traced = analysis.trace(outer, x)
     assert list(traced.layers) == [f"{model.name}_{name}" for name in inner.layers]
     for name, layer in inner.layers.items():
+        assert layer.spikes
         np.testing.assert_array_equal(traced.layers[f"{model.name}_{name}"].counts, layer.counts)
 
 
