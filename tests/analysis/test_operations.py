@@ -61,6 +61,13 @@ def test_fan_out_is_what_each_input_reaches(name):
     np.testing.assert_array_equal(found, connections(layer, shape))
 
 
+def brute_force(values, layer):
+    """Operations of a sample: each input that is not 0, at each step, each connection."""
+    reach = connections(layer, values.shape[2:])
+    steps = (step for sample in values for step in sample)
+    return sum(int(reach[tuple(place)]) for step in steps for place in np.argwhere(step)) / len(values)
+
+
 def network() -> keras.Model:
     """Spikes into a convolution, means of spikes into a dense layer in a Sequential, and a static stem."""
     inputs = keras.Input((6, 6, 2))
@@ -79,32 +86,24 @@ def test_operations_are_those_of_brute_force():
     counted = analysis.count_operations(model, x, batch_size=2)
     trains = helpers.spike_trains(model, x)
 
-    def brute_force(values, layer):
-        """Operations of a sample: each input that is not 0, at each step, each connection."""
-        reach = connections(layer, values.shape[2:])
-        return (
-            sum(int(reach[tuple(place)]) for step in (v for s in values for v in s) for place in np.argwhere(step)) / 5
-        )
-
-    conv, pool, dense = (model.get_layer("conv").layer, *(model.get_layer("head").layer.layers[i] for i in (0, 2)))
-    # Of a mean of spikes, an addition for each of them.
+    conv, dense = model.get_layer("conv").layer, model.get_layer("head").layer.layers[2]
+    # Each spike in a window is one for the layer behind.
     pooled = (trains["second"] != 0).reshape(5, 4, 1, 3, 1, 3, 5).sum(axis=(3, 5)).reshape(5, 4, -1)
     reach = connections(dense, (5,))
     expected = {
         "conv": ("spikes", brute_force(trains["first"], conv)),
-        "pool": ("spikes", brute_force(trains["second"], pool)),
         "dense": ("spikes", sum(int(n) * int(reach[i]) for x in pooled for v in x for i, n in enumerate(v)) / 5),
     }
     stem = int(connections(model.get_layer("stem"), (6, 6, 2)).sum())
     found = {layer.name: (layer.fed_by, layer.operations) for layer in counted.layers}
-    assert list(found) == ["stem", "conv", "pool", "dense"]
+    assert list(found) == ["stem", "conv", "dense"]
     assert found.pop("stem") == ("values", stem)
     assert found == {name: (fed_by, pytest.approx(number)) for name, (fed_by, number) in expected.items()}
     assert pooled.max() > 1
     assert counted.synops == pytest.approx(sum(number for _, number in expected.values()))
     assert counted.synops > 0
     assert counted.multiplications == stem
-    assert counted.macs == stem + connections(conv, (6, 6, 4)).sum() + 3 * 3 * 5 + 5 * 3
+    assert counted.macs == stem + connections(conv, (6, 6, 4)).sum() + 5 * 3
     assert {n.name: (n.neurons, n.updates, n.leaky) for n in counted.neurons} == {
         "first": (144, 576, False),
         "second": (45, 180, False),
@@ -116,17 +115,123 @@ def test_operations_are_those_of_brute_force():
     assert counted.uncounted == ()
 
 
+def test_leaky_neurons_shortcuts_padding_and_pools_ahead_of_neurons():
+    inputs = keras.Input((5, 5, 2))
+    lif = dict(threshold=0.02, dt=0.2)
+    first = layers.LIFSpike(**lif, timesteps=3, name="first")(inputs)
+    few_bits = layers.QuantizedConv2D(2, 3, padding="same")
+    x = layers.Synapse(few_bits, name="few_bits")(layers.Dropout(0.5)(first))
+    x = layers.LIFSpike(**lif, name="second")(layers.Add(name="add")([x, first]))
+    strided = stock.Conv2D(2, 3, strides=2, name="strided")
+    head = keras.Sequential([keras.Sequential([stock.ZeroPadding2D(1), strided]), layers.Scale(name="scaled")])
+    x = layers.LIFSpike(**lif, name="third")(layers.Synapse(head, affine=True, name="head")(x))
+    x = layers.Synapse(stock.AveragePooling2D(2, strides=1), name="pool")(x)
+    model = keras.Model(inputs, layers.SpikeRep()(layers.LIFSpike(**lif, name="last")(x)))
+    x = np.random.default_rng(0).normal(0.1, 0.2, (3, 5, 5, 2)).astype("float32")
+    counted = analysis.count_operations(model, x)
+    trains = helpers.spike_trains(model, x)
+    same = stock.Conv2D(2, 3, strides=2, padding="same")
+    expected = {
+        "few_bits": brute_force(trains["first"], few_bits),
+        "add": np.count_nonzero(trains["first"]) / 3,
+        "strided": brute_force(trains["second"], same),  # pads 5 by 1 on each side
+        "pool": brute_force(trains["third"], stock.AveragePooling2D(2, strides=1)),
+    }
+    found = {layer.name: layer for layer in counted.layers}
+    assert {name: layer.operations for name, layer in found.items()} == pytest.approx(expected)
+    assert {layer.fed_by for layer in counted.layers} == {"spikes"}
+    assert found["strided"].connections == connections(same, (5, 5, 2)).sum()
+    assert (found["add"].weights, found["add"].connections, found["pool"].weights) == (0, 50, 0)
+    assert counted.macs == found["few_bits"].connections + found["strided"].connections
+    assert counted.uncounted == ("scaled",)
+    assert all(neuron.leaky for neuron in counted.neurons)
+
+
+def head_of(*parts) -> keras.Model:
+    inputs = keras.Input((4, 4, 2))
+    x = layers.IFSpike(threshold=0.5, timesteps=3, name="first")(inputs)
+    x = layers.Synapse(keras.Sequential(list(parts)), name="head")(x)
+    return keras.Model(inputs, layers.SpikeRep()(layers.IFSpike()(x)))
+
+
+EQUAL = {
+    "padding ahead of valid": (
+        lambda: head_of(stock.ZeroPadding2D(1), stock.Conv2D(3, 3, name="last")),
+        lambda: head_of(stock.Conv2D(3, 3, padding="same", name="last")),
+    ),
+    "a pool of all places": (
+        lambda: head_of(stock.GlobalAveragePooling2D(), stock.Dense(3, name="last")),
+        lambda: head_of(stock.AveragePooling2D(4), stock.Flatten(), stock.Dense(3, name="last")),
+    ),
+    "pools that fit": (
+        lambda: head_of(stock.AveragePooling2D(2, padding="same"), stock.Flatten(), stock.Dense(3, name="last")),
+        lambda: head_of(stock.AveragePooling2D(2), stock.Flatten(), stock.Dense(3, name="last")),
+    ),
+    # Of windows that are cut off at the border, spikes are counted too.
+    "pools that are cut off": (
+        lambda: head_of(stock.AveragePooling2D(3, padding="same"), stock.Flatten(), stock.Dense(3, name="last")),
+        lambda: head_of(stock.AveragePooling2D(4), stock.Flatten(), stock.Dense(3, name="last")),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_heads_that_do_the_same_count_the_same(name):
+    x = np.random.default_rng(0).normal(0.3, 0.5, (3, 4, 4, 2)).astype("float32")
+    one, other = (analysis.count_operations(build(), x).layers for build in EQUAL[name])
+    assert len(one) == len(other) == 1
+    assert one[0].fed_by == other[0].fed_by == "spikes"
+    assert one[0].operations == pytest.approx(other[0].operations)
+    assert one[0].operations > 0
+    if "cut off" not in name:
+        assert one[0].connections == other[0].connections
+
+
+@pytest.mark.parametrize(
+    ("make", "title"),
+    [
+        (stock.Flatten, "Flatten"),
+        (lambda: stock.Reshape((4, 3)), "Reshape"),
+        (lambda: stock.Permute((2, 1)), "Permute"),
+        (lambda: stock.Conv1D(2, 2), "Conv1D"),
+        (stock.GlobalAveragePooling1D, "GlobalAveragePooling1D"),
+        (lambda: stock.EinsumDense("abc,bd->adc", output_shape=(2, 4)), "EinsumDense"),
+    ],
+)
+def test_what_mixes_time_steps_is_refused(make, title):
+    inputs = keras.Input((3, 4))
+    x = layers.IFSpike(name="first")(inputs)
+    x = make()(x)
+    x = stock.Reshape((-1, 4))(x) if len(x.shape) == 2 else x
+    model = keras.Model(inputs, layers.SpikeRep()(layers.IFSpike(name="second")(x)))
+    with pytest.raises(ValueError, match=rf"operations of {title} .* cannot be counted.*mixes them"):
+        analysis.count_operations(model, np.ones((1, 3, 4), "float32"))
+
+
+def test_whole_numbers_are_counted():
+    model, x = head_of(stock.Flatten(), stock.Dense(3, name="last")), np.eye(4, dtype="uint8")[np.newaxis, ..., None]
+    x = np.repeat(x, 2, axis=-1)
+    counted = analysis.count_operations(model, x)
+    assert counted.synops == 8 * 3 * 3  # eight ones, at each of three steps, to three neurons
+    assert counted == analysis.count_operations(model, x.astype("float32"))
+
+
 def test_frames_and_plain_tensors():
     inputs = keras.Input((3, 4))
     x = stock.TimeDistributed(stock.Dense(5, name="inner"), name="each")(inputs)
     x = layers.IFSpike(threshold=0.5, name="first")(x)
     x = layers.IFSpike(threshold=0.5, name="second")(stock.Dense(2, name="plain")(x))
+    x = stock.EinsumDense("abc,cd->abd", output_shape=(None, 3), name="einsum")(x)
+    x = layers.IFSpike(threshold=0.5, name="third")(x)
     model = keras.Model(inputs, layers.SpikeRep()(x))
     frames = np.random.default_rng(0).poisson(0.5, (6, 3, 4)).astype("float32")
     counted = {layer.name: layer for layer in analysis.count_operations(model, frames).layers}
     assert (counted["each"].fed_by, counted["each"].connections) == ("values", 20)
     assert counted["each"].operations == pytest.approx((frames != 0).sum() * 5 / 6)
-    fired = analysis.trace(model, frames).layers["first"].spikes
+    traced = analysis.trace(model, frames).layers
+    assert counted["einsum"].operations == pytest.approx(traced["second"].spikes * 3 / 6)
+    assert (counted["einsum"].connections, counted["einsum"].outputs) == (6, 3)
+    fired = traced["first"].spikes
     assert fired > 0
     assert (counted["plain"].fed_by, counted["plain"].connections) == ("spikes", 10)
     assert counted["plain"].operations == pytest.approx(fired * 2 / 6)
