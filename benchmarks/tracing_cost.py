@@ -4,9 +4,9 @@
     python benchmarks/tracing_cost.py --examples 256 --rounds 1
 
 Inference is `predict_on_batch`, batch after batch; its outputs are let go. Each figure is of a fresh process that has
-run both forms' first batch, which compiles, before the clock starts. Images are random and made batch by batch: what
-they are makes no difference to the time. The weights are the preset's, so that neurons fire. Memory is the process's
-peak after all examples and after a quarter of them, for tracing.
+run its form's first batches, which compile, before the clock starts. Images are random and made batch by batch. The
+weights are the preset's, so that neurons fire. Memory is the process's peak after all examples and after a quarter of
+them, for tracing. The verdict is on wall time and on CPU time.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ def compare(options: argparse.Namespace) -> None:
                 f"{each['peak_mb']:.0f}",
             )
         )
-    ratio = medians["trace"]["cpu_s"] / medians["inference"]["cpu_s"] if set(FORMS) <= set(medians) else None
+    both = set(FORMS) <= set(medians)
+    wall, cpu = (medians["trace"][s] / medians["inference"][s] if both else None for s in ("wall_s", "cpu_s"))
     growth = medians["trace"]["peak_mb"] - medians["trace"]["quarter_mb"] if "trace" in medians else None
     lines = [
         f"PreAct-ResNet-20, N = {options.timesteps}, {options.examples:,} images in batches of {options.batch}; "
@@ -117,14 +118,17 @@ def compare(options: argparse.Namespace) -> None:
             rows,
         ),
         "",
-        f"CPU time at most {LIMIT:g} times that of inference: {at_most(ratio, LIMIT)}. Peak memory of tracing grows "
-        f"from a quarter of the images to all by at most {GROWTH_MB:g} MB: {at_most(growth, GROWTH_MB)}.",
+        f"At most {LIMIT:g} times inference: wall time {at_most(wall, LIMIT)}, CPU time {at_most(cpu, LIMIT)}. Peak "
+        f"memory of tracing grows from a quarter of the images to all by at most {GROWTH_MB:g} MB: "
+        f"{at_most(growth, GROWTH_MB)}.",
         *(f"{form} failed: {why}" for form, why in failures.items()),
         "",
     ]
     table = "\n".join(lines)
     results = {"machine": host, "settings": {**settings, "backend": options.backend, "rounds": rounds}, "runs": runs}
-    write(f"tracing_cost_{options.backend}", {**results, "ratio_cpu": ratio, "growth_mb": growth}, table)
+    write(
+        f"tracing_cost_{options.backend}", {**results, "ratio_wall": wall, "ratio_cpu": cpu, "growth_mb": growth}, table
+    )
     print(table)
 
 

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 from keras_dsr.analysis.firing import thresholds
-from keras_dsr.analysis.tracing import Tracer, trace_batches
+from keras_dsr.analysis.tracing import Recorder, Tracer
 from keras_dsr.constraints import not_finite
 from keras_dsr.layers.neurons import neurons_of
 
@@ -84,8 +84,7 @@ class FiringRate(keras.callbacks.Callback):
         if logs is None or epoch % self.every:
             return
         traced = self._trace(self.x, self.batch_size)
-        chances = sum(layer.neurons * layer.timesteps for layer in traced.layers.values())
-        logs["firing_rate"] = traced.spikes_per_sample / chances
+        logs["firing_rate"] = traced.firing_rate
         logs.update({f"firing_rate_{name}": rate for name, rate in traced.firing_rates.items()})
 
 
@@ -141,7 +140,7 @@ class SpikeHistograms(keras.callbacks.Callback):
     `LAYER/firing_rate` the rates of single neurons; `LAYER/threshold` is V_th, a scalar.
 
     What it costs: an inference of the samples an epoch, which comes back with all currents and spikes, about 8 bytes
-    for each neuron, step and sample: 16 samples are enough.
+    for each neuron, step and sample: 16 samples are enough; and compiling that once.
 
     Args:
         log_dir: Folder for the logs, such as that of `keras.callbacks.TensorBoard`, or a folder in it.
@@ -156,25 +155,22 @@ class SpikeHistograms(keras.callbacks.Callback):
 
     def __init__(self, log_dir: str | os.PathLike[str], x: Any, every: int = 1) -> None:
         super().__init__()
-        try:
-            import tensorboard  # noqa: F401 - tf.summary fails late and unclearly without it
-            import tensorflow as tf
-        except ImportError as error:
-            raise ImportError(
-                "Histograms need TensorBoard. Install it with: pip install 'keras-dsr[tensorboard]'."
-            ) from error
+        check_tensorboard()
+        import tensorflow as tf
+
         self.x = _samples(x)
         self.every = _at_least_one("every", every)
         self._summary = tf.summary
         self._log_dir = os.fspath(log_dir)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        self._record = Recorder(self.model)  # raises, ahead of what a writer would leave
         self._writer = self._summary.create_file_writer(self._log_dir)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if epoch % self.every:
             return
-        (recorded,) = trace_batches(self.model, self.x, len(self.x))
+        (recorded,) = self._record(self.x, len(self.x))
         with self._writer.as_default(epoch):
             for name, layer in recorded.items():
                 self._summary.histogram(f"{name}/current", layer.currents / layer.threshold)
@@ -185,6 +181,22 @@ class SpikeHistograms(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         self._writer.close()
+
+
+def check_tensorboard() -> None:
+    """Raises, if TensorBoard's logs cannot be written: Keras and TensorFlow fail late and unclearly without it.
+
+    Raises:
+        ImportError: if TensorFlow or TensorBoard is not installed.
+    """
+    try:
+        import tensorboard  # noqa: F401
+        import tensorflow as tf  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "TensorBoard's logs need the packages tensorboard and tensorflow. Install them with: "
+            "pip install 'keras-dsr[tensorboard]'."
+        ) from error
 
 
 def _samples(x: Any) -> np.ndarray:

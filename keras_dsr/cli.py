@@ -168,7 +168,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(options: argparse.Namespace) -> None:
     given = Path(options.recipe)
-    recipe = Recipe.from_json(given.read_text()) if given.suffix == ".json" else recipes.get(options.recipe)
+    recipe = (
+        Recipe.from_json(given.read_text(encoding="utf-8")) if given.suffix == ".json" else recipes.get(options.recipe)
+    )
     changes = recipes.parse_settings(options.set)
     for name in ("epochs", "timesteps", "seed"):
         if getattr(options, name) is not None:

@@ -6,21 +6,23 @@ data set is not at hand, says so, and the others are there.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
 import math
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from keras_dsr import runs, training
-from keras_dsr.analysis import anytime, charts, energy, page, representation, tracing
-from keras_dsr.analysis.operations import count_operations
+from keras_dsr.analysis import anytime, charts, energy, figures, page, representation, tracing
+from keras_dsr.analysis.operations import Operations, count_operations
 from keras_dsr.analysis.page import Section
 from keras_dsr.data.parts import DataSet
 from keras_dsr.models import presets
@@ -31,6 +33,8 @@ _ERROR_EXAMPLES = 64
 # More lines than this are not told apart.
 _MOST_LINES = 6
 _BATCH = 64
+# What tells the JSON of a report from other files.
+_MARK = {"written_by": "keras-dsr report"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +54,24 @@ class Written:
 
 class _Missing(Exception):
     """What a section needs is not there; the message says what, and what to do."""
+
+
+@contextlib.contextmanager
+def _reading(name: str, what: str) -> Iterator[None]:
+    """What goes wrong with a file's content is that it is damaged, and a lack."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error, zipfile.BadZipFile) as error:
+        raise _Missing(f"{name} is damaged, or not {what}: {error}") from error
+
+
+@contextlib.contextmanager
+def _looking(what: str) -> Iterator[None]:
+    """What cannot be done with the model, or its data, is a lack."""
+    try:
+        yield
+    except (ValueError, OSError, tf.errors.OpError) as error:
+        raise _Missing(f"{what} {error}") from error
 
 
 class _Network:
@@ -102,7 +124,8 @@ class _Network:
     @property
     def rows(self) -> list[dict[str, str]]:
         def read() -> list[dict[str, str]]:
-            with self.history().open(newline="") as file:
+            path = self.history()
+            with _reading("history.csv", "the history of a run"), path.open(newline="", encoding="utf-8") as file:
                 rows = list(csv.DictReader(file))
             if not rows:
                 raise _Missing("The history of the run, history.csv, has no epoch.")
@@ -126,7 +149,7 @@ class _Network:
         def load() -> DataSet:
             try:
                 return training.load(self.recipe, data_dir=self._data_dir)
-            except (OSError, ImportError) as error:
+            except (OSError, ImportError, ValueError) as error:
                 raise _Missing(f"The data set {self.recipe.data!r} is not at hand. {error}") from error
 
         return self._once("data", load)
@@ -137,7 +160,10 @@ class _Network:
 
         def take() -> tuple[np.ndarray, np.ndarray]:
             batches = self.data.batches(self.data.test, _BATCH, seed=0).take(math.ceil(self.examples / _BATCH))
-            found = list(batches.as_numpy_iterator())
+            with _looking(f"The data set {self.recipe.data!r} cannot be read."):
+                found = list(batches.as_numpy_iterator())
+            if not found:
+                raise _Missing(f"The data set {self.recipe.data!r} has no test examples.")
             x, labels = (np.concatenate(each)[: self.examples] for each in zip(*found, strict=True))
             return x, labels
 
@@ -145,16 +171,27 @@ class _Network:
 
     @property
     def trace(self) -> tracing.Trace:
-        return self._once("trace", lambda: tracing.trace(self.model, self.test[0], _BATCH))
+        return self._seen("trace", lambda: tracing.trace(self.model, self.test[0], _BATCH))
 
     @property
     def recording(self) -> dict[str, tracing.Recording]:
         """One example in full."""
-        return self._once("recording", lambda: next(iter(tracing.trace_batches(self.model, self.test[0][:1]))))
+        return self._seen("recording", lambda: next(iter(tracing.trace_batches(self.model, self.test[0][:1]))))
 
     @property
     def outputs(self) -> np.ndarray:
-        return self._once("outputs", lambda: anytime.outputs_by_step(self.model, self.test[0], _BATCH))
+        return self._seen("outputs", lambda: anytime.outputs_by_step(self.model, self.test[0], _BATCH))
+
+    @property
+    def operations(self) -> Operations:
+        return self._seen("operations", lambda: count_operations(self.model, self.test[0], _BATCH))
+
+    def _seen(self, name: str, make: Callable[[], Any]) -> Any:
+        def look() -> Any:
+            with _looking("This network cannot be looked into so."):
+                return make()
+
+        return self._once(name, look)
 
 
 class _Run(_Network):
@@ -173,21 +210,18 @@ class _Run(_Network):
 
     def results(self) -> dict[str, Any]:
         path = self._file("summary.json")
-        try:
-            return dataclasses.asdict(runs.Summary.from_json(path.read_text()))
-        except (ValueError, TypeError, KeyError) as error:
-            raise _Missing(f"summary.json is damaged, or not the summary of a run: {error}") from error
+        with _reading("summary.json", "the summary of a run"):
+            return dataclasses.asdict(runs.Summary.from_json(path.read_text(encoding="utf-8")))
 
     def environment(self) -> dict[str, Any] | None:
         path = self.folder / "environment.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        with _reading("environment.json", "the environment of a run"):
+            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def load(self) -> keras.Model:
         path = self._file("model.keras")
-        try:
+        with _reading("model.keras", "a model"):
             return keras.models.load_model(path)
-        except (ValueError, OSError, zipfile.BadZipFile) as error:
-            raise _Missing(f"model.keras is damaged, or not a model: {error}") from error
 
     def _file(self, name: str) -> Path:
         path = self.folder / name
@@ -242,7 +276,8 @@ def write(what: str | Path, *, data_dir: Path | None = None, examples: int = 100
 
     Raises:
         FileNotFoundError: if `what` is neither the folder of a run nor a preset.
-        ValueError: if `examples` is below 1, or `to` does not end in .html.
+        ValueError: if `examples` is below 1, `to` does not end in .html, or the JSON would take the place of another
+            file than a report's.
     """
     if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
         raise ValueError(f"examples is a number of test examples of at least 1. Received examples={examples!r}.")
@@ -251,22 +286,35 @@ def write(what: str | Path, *, data_dir: Path | None = None, examples: int = 100
     path = own if to is None else Path(to)
     if path.suffix != ".html":
         raise ValueError(f"A report is an .html file. Received {path}.")
+    beside = path.with_suffix(".json")
+    if beside.exists() and not _is_report(beside):
+        raise ValueError(
+            f"The figures of a report stand beside its page, in {beside}, which exists and is not a report's. Give the "
+            "page another name."
+        )
     run = _Preset(str(what), data_dir, examples) if preset else _Run(Path(what), data_dir, examples)
     recipe = run.recipe
-    figures: dict[str, Any] = {"recipe": dataclasses.asdict(recipe)}
+    found: dict[str, Any] = {**_MARK, "recipe": dataclasses.asdict(recipe)}
     sections, lacking = [], {}
     for key, title, make in _SECTIONS:
         try:
-            body, figures[key] = make(run)
+            body, found[key] = make(run)
         except _Missing as missing:
-            body, figures[key] = page.missing(str(missing)), {"missing": str(missing)}
+            body, found[key] = page.missing(str(missing)), {"missing": str(missing)}
             lacking[title] = str(missing)
         sections.append(Section(key, title, body))
     path.parent.mkdir(parents=True, exist_ok=True)
     runs.write(path, page.page(run.title, recipe.summary, sections))
-    beside = path.with_suffix(".json")
-    runs.write(beside, runs.json_text(_plain(figures)))
+    runs.write(beside, runs.json_text(_plain(found)))
     return Written(path, beside, lacking)
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and _MARK.items() <= found.items()
 
 
 def _overview(run: _Network) -> tuple[str, Any]:
@@ -284,23 +332,27 @@ def _overview(run: _Network) -> tuple[str, Any]:
     note = ""
     try:
         summary = run.results()
-        shown.insert(0, ("test accuracy", f"{summary['test_accuracy']:.1%}"))
-        if summary["validation_accuracy"] is not None:
-            shown.insert(1, ("validation accuracy", f"{summary['validation_accuracy']:.1%}"))
-        if "seconds" in summary:
-            shown.append(("training", _duration(summary["seconds"])))
+        with _reading("summary.json", "the summary of a run"):
+            before = [("test accuracy", f"{summary['test_accuracy']:.1%}")]
+            if summary["validation_accuracy"] is not None:
+                before.append(("validation accuracy", f"{summary['validation_accuracy']:.1%}"))
+            behind = [("training", _duration(summary["seconds"]))] if "seconds" in summary else []
+            note = page.paragraph(f"The test accuracy is of {summary['test_examples']:,} examples.")
+        shown = [*before, *shown, *behind]
         found["summary"] = summary
-        note = page.paragraph(f"The test accuracy is of {summary['test_examples']:,} examples.")
     except _Missing as missing:
         note = page.missing(str(missing))
-    environment = run.environment()
-    if environment is not None:
-        found["environment"] = environment
-        versions = environment["versions"]
-        told = ", ".join(
-            f"{name} {versions[name]}" for name in ("keras_dsr", "keras", "tensorflow") if name in versions
-        )
-        note += page.paragraph(f"Trained with {told}; seed {recipe.seed}; begun {environment['started'][:10]}.")
+    try:
+        environment = run.environment()
+        if environment is not None:
+            with _reading("environment.json", "the environment of a run"):
+                versions, started = environment["versions"], environment["started"][:10]
+                known = (name for name in ("keras_dsr", "keras", "tensorflow") if name in versions)
+                told = ", ".join(f"{name} {versions[name]}" for name in known)
+            note += page.paragraph(f"Trained with {told}; seed {recipe.seed}; begun {started}.")
+            found["environment"] = environment
+    except _Missing as missing:
+        note += page.missing(str(missing))
     return page.numbers(shown) + note, found
 
 
@@ -385,11 +437,10 @@ def _firing(run: _Network) -> tuple[str, Any]:
         "firing rate",
         whole=True,
     )
-    chances = sum(layer.neurons * layer.timesteps for layer in trace.layers.values())
     silent = sum(layer.silent * layer.neurons for layer in trace.layers.values())
     neurons = sum(layer.neurons for layer in trace.layers.values())
     body = page.paragraph(
-        f"A test example brings about {trace.spikes_per_sample:,.0f} spikes: {trace.spikes_per_sample / chances:.3f} a "
+        f"A test example brings about {trace.spikes_per_sample:,.0f} spikes: {trace.firing_rate:.3f} a "
         f"neuron and time step. Of {neurons:,} neurons {silent:,.0f} never fire on {trace.samples:,} examples."
     )
     body += page.cards(
@@ -417,7 +468,8 @@ def _errors(run: _Network) -> tuple[str, Any]:
     alphas = tuple(sorted({alpha, *(round(0.1 * n, 1) for n in range(11))}))
     factors = (0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0)
     x = run.test[0][:_ERROR_EXAMPLES]
-    found = representation.errors(run.model, x, 16, alphas, factors)
+    with _looking("This network cannot be looked into so."):
+        found = representation.errors(run.model, x, 16, alphas, factors)
     proposal = representation.propose_alpha(steps, coding)
     kinds = {"quantization e_q": "quantization", "deviation e_d": "deviation", "both": "total"}
 
@@ -548,10 +600,11 @@ def _anytime(run: _Network) -> tuple[str, Any]:
     outputs, labels = run.outputs, run.test[1]
     accuracies = anytime.accuracy_by_step(outputs, labels)
     last = outputs.shape[1]
+    decay = run.recipe.neuron_layer().coding.decay
     kinds = {
         "certain": anytime.trade_off(outputs, labels, patience=(1,)),
         "certain twice in a row": anytime.trade_off(outputs, labels, patience=(2,)),
-        "by spikes so far": anytime.trade_off(outputs, labels, patience=(1,), horizon=last),
+        "by spikes so far": anytime.trade_off(outputs, labels, patience=(1,), horizon=last, decay=decay),
     }
     points = [point for each in kinds.values() for point in each]
     steps = range(1, len(accuracies) + 1)
@@ -586,7 +639,7 @@ def _anytime(run: _Network) -> tuple[str, Any]:
             "Early exit",
             charts.points(series, alt, "mean steps", "accuracy"),
             "A sample stops once the softmax of its outputs is certain; each point is another confidence. By spikes so "
-            "far: outputs after n of N steps count n / N of themselves.",
+            "far: outputs after n of N steps count as what they would be at step N if nothing came any more.",
         ),
     )
     body += page.paragraph(told)
@@ -600,7 +653,7 @@ def _anytime(run: _Network) -> tuple[str, Any]:
 
 
 def _energy(run: _Network) -> tuple[str, Any]:
-    operations = count_operations(run.model, run.test[0], _BATCH)
+    operations = run.operations
     estimates = [
         energy.estimate(operations, name, memory)
         for name, hardware in energy.HARDWARE.items()
@@ -625,7 +678,12 @@ def _energy(run: _Network) -> tuple[str, Any]:
         f"multiplications in layers that are fed by values, against {operations.macs:,} multiply-accumulates of the "
         "ANN of the same shape."
     )
-    body += page.table(heading, rows, "Estimated energy of one sample; the ANN is at 45 nm, on every line")
+    body += page.table(
+        heading,
+        rows,
+        "Estimated energy of one sample; the ANN is at 45 nm on every line, with memory "
+        "where the spiking network's is in",
+    )
     body += page.table(
         ("layer", "fed by", "connections", "operations"),
         [(each.name, each.fed_by, f"{each.connections:,}", f"{each.operations:,.0f}") for each in operations.layers],
@@ -662,13 +720,19 @@ def _spikes(run: _Network) -> tuple[str, Any]:
     total = sum(int(train.sum()) for train in trains.values())
     steps = len(next(iter(trains.values())))
     alt = f"Spikes of {', '.join(shown)} over {steps} time steps, a row a neuron; {total:,} in all layers."
-    figures = [
+    pictures = [
         page.figure("Spikes", charts.raster(shown, alt), f"A mark is a spike. {total:,} in all {len(trains)} layers.")
     ]
     x = run.test[0][0] * np.asarray(run.data.std, "float32") + np.asarray(run.data.mean, "float32")
     if x.ndim == 3:
-        figures.insert(0, page.figure("The example", page.image(_picture(x), f"A test example: {label}.")))
-    body = page.paragraph(f"One test example: {label}; answered: {answer}.") + page.cards(*figures)
+        pictures.insert(
+            0,
+            page.figure(
+                "The example",
+                page.image((255 * figures.picture(x)).round().astype("uint8"), f"A test example: {label}."),
+            ),
+        )
+    body = page.paragraph(f"One test example: {label}; answered: {answer}.") + page.cards(*pictures)
     spikes = {name: [[int(n) for n in np.flatnonzero(step)] for step in train] for name, train in shown.items()}
     return body, {"true": label, "answered": answer, "spikes": spikes}
 
@@ -716,7 +780,8 @@ _SECTIONS: tuple[tuple[str, str, Callable[[_Network], tuple[str, Any]]], ...] = 
 
 
 def _column(rows: Sequence[Mapping[str, str]], name: str) -> list[float | None]:
-    return [float(row[name]) if row.get(name) else None for row in rows]
+    with _reading("history.csv", "the history of a run"):
+        return [float(row[name]) if row.get(name) else None for row in rows]
 
 
 def _present(x: Sequence[float], y: Sequence[float | None]) -> tuple[list[float], list[float]]:
@@ -732,12 +797,6 @@ def _stages(rows: Sequence[Mapping[str, str]]) -> dict[str, float]:
 
 def _spoken(marks: Mapping[str, float]) -> str:
     return f"Dotted: where the stages {', '.join(marks)} begin." if marks else ""
-
-
-def _picture(x: np.ndarray) -> np.ndarray:
-    scaled = np.clip((x - x.min()) / max(float(np.ptp(x)), 1e-9), 0, 1)
-    colored = scaled if x.shape[-1] == 3 else np.repeat(scaled[..., :1], 3, axis=-1)
-    return (255 * colored).round().astype("uint8")
 
 
 def _joules(joules: float) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 
 from keras_dsr import checkpoints, data, models, runs
 from keras_dsr.analysis import figures, firing
-from keras_dsr.callbacks import CheckFinite
+from keras_dsr.callbacks import CheckFinite, check_tensorboard
 from keras_dsr.constraints import not_finite
 from keras_dsr.data.augmentation import Augmentation
 from keras_dsr.data.parts import DataSet, Part
@@ -181,7 +181,7 @@ def train(
         ImportError: if TensorBoard's logs are asked for and the package is not installed.
     """
     if tensorboard:
-        _check_tensorboard()
+        check_tensorboard()
     augmentation = Augmentation(recipe.augmentation, padding=recipe.padding, cutout=recipe.cutout)
     folder.mkdir(parents=True, exist_ok=True)
     with runs.locked(folder):
@@ -351,16 +351,6 @@ def _dtype_policy(name: str) -> Iterator[None]:
         keras.config.set_dtype_policy(before)
 
 
-def _check_tensorboard() -> None:
-    try:
-        import tensorboard  # noqa: F401 - the callback fails late and unclearly without it
-    except ImportError as error:
-        raise ImportError(
-            "TensorBoard's logs need the package tensorboard. Install it with: pip install 'keras-dsr[tensorboard]', "
-            "or train without --tensorboard."
-        ) from error
-
-
 def _accuracy(model: keras.Model, loaded: DataSet, part: Part) -> float | None:
     """Accuracy on a part; `None` if it is empty."""
     if not len(part):
@@ -483,10 +473,10 @@ def pack(folder: Path, path: Path, *, data_dir: Path | None = None, version: int
         recipe=dataclasses.asdict(recipe),
         weight_bits=recipe.weight_bits,
         stem=recipe.stem,
-        environment=json.loads((folder / "environment.json").read_text()),
+        environment=json.loads((folder / "environment.json").read_text(encoding="utf-8")),
     )
     model = keras.models.load_model(folder / "model.keras")
-    return presets.pack(model, card, (folder / "history.csv").read_text(), path)
+    return presets.pack(model, card, (folder / "history.csv").read_text(encoding="utf-8"), path)
 
 
 def _draw(

@@ -670,11 +670,14 @@ def test_tracing_has_a_verdict(benchmark, monkeypatch, tmp_path, capsys):
     cost.compare(cost.parser().parse_args(["--rounds", "1"]))
     table = (tmp_path / "tracing_cost_tensorflow.md").read_text()
     assert "| trace | 6.00 | 12.50 | 1.20 | 1.25 | 950 | 955 |" in table
-    assert "times that of inference: met." in table
+    assert "times inference: wall time met, CPU time met." in table
     assert "32 MB: met." in table
     made_up["trace"] |= {"cpu_s": 13.1, "peak_mb": 1900.0}
     cost.compare(cost.parser().parse_args(["--rounds", "1"]))
-    assert "times that of inference: not met." in capsys.readouterr().out
+    assert "times inference: wall time met, CPU time not met." in capsys.readouterr().out
+    made_up["trace"] |= {"wall_s": 7.0}
+    cost.compare(cost.parser().parse_args(["--rounds", "1"]))
+    assert "times inference: wall time not met, CPU time not met." in capsys.readouterr().out
     results = json.loads((tmp_path / "tracing_cost_tensorflow.json").read_text())
     assert results["ratio_cpu"] == pytest.approx(1.31)
     assert results["growth_mb"] == pytest.approx(950.0)

@@ -68,6 +68,30 @@ def _content(event):
     return np.frombuffer(event.tensor_proto.tensor_content, "float64")
 
 
+def test_histograms_refuse_a_model_ahead_of_training(tmp_path):
+    pytest.importorskip("tensorboard")
+    inputs = keras.Input((3,))
+    plain = keras.Model(inputs, keras.layers.Dense(2)(inputs))
+    plain.compile("sgd", "mse")
+    histograms = callbacks.SpikeHistograms(tmp_path / "logs", np.ones((2, 3), "float32"))
+    with pytest.raises(ValueError, match="has no spiking layers"):
+        plain.fit(np.ones((2, 3)), np.zeros((2, 2)), verbose=0, callbacks=[histograms])
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize("timesteps", [0, 2])
+def test_thresholds_have_the_names_of_traces(timesteps):
+    inner = models.small_cnn((2,), timesteps=timesteps, input_shape=(4, 4, 1), name="inner")
+    inputs = keras.Input((4, 4, 1))
+    outer = keras.Model(inputs, keras.layers.Dense(2)(inner(inputs)))
+    history = callbacks.ThresholdHistory()
+    history.set_model(outer)
+    history.on_train_begin()
+    assert list(history.history) == [f"inner_{name}" for name in NAMES]
+    if timesteps:
+        assert list(history.history) == list(analysis.trace(outer, np.ones((1, 4, 4, 1), "float32")).layers)
+
+
 def test_bad_input(tmp_path):
     x = np.ones((2, 6, 6, 1), "float32")
     for call, message in (

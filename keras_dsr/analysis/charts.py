@@ -49,7 +49,6 @@ def lines(
     *,
     marks: Mapping[str, float] | None = None,
     faint: Sequence[str] = (),
-    steps: bool = False,
     whole: bool = False,
     height: float = 2.9,
 ) -> str:
@@ -62,7 +61,6 @@ def lines(
         ylabel: Of the axis.
         marks: Names and places of vertical lines.
         faint: Names of series that stay in the background, without a place in the legend.
-        steps: Whether to draw stairs.
         whole: Whether x counts.
         height: In inches.
     """
@@ -76,10 +74,7 @@ def lines(
                 color = _SERIES[shown.index(name) % len(_SERIES)]
                 dash = ("-", "--", ":")[shown.index(name) // len(_SERIES) % 3]
                 marker = "o" if len(x) == 1 else None
-                axes.plot(
-                    x, y, color=color, linestyle=dash, marker=marker, label=name, linewidth=1.6,
-                    drawstyle="steps-mid" if steps else "default",
-                )  # fmt: skip
+                axes.plot(x, y, color=color, linestyle=dash, marker=marker, label=name, linewidth=1.6)
         for name, place in (marks or {}).items():
             axes.axvline(place, color=_INK, linewidth=0.8, linestyle=":")
             axes.annotate(
@@ -153,10 +148,7 @@ def raster(trains: Mapping[str, np.ndarray], alt: str, most: int = 48) -> str:
         most: Neurons to show of a layer.
     """
     with matplotlib.rc_context(_STYLE):
-        chosen = {
-            name: train[:, np.unique(np.linspace(0, train.shape[1] - 1, min(most, train.shape[1])).astype(int))]
-            for name, train in trains.items()
-        }
+        chosen = {name: train[:, thinned(train.shape[1], most)] for name, train in trains.items()}
         sizes = [max(train.shape[1], 8) for train in chosen.values()]
         figure = matplotlib.figure.Figure(
             figsize=(_WIDTH, 0.5 + 0.026 * sum(sizes) + 0.32 * len(sizes)), layout="constrained", facecolor="none"
@@ -216,6 +208,16 @@ def _svg(figure: matplotlib.figure.Figure, alt: str) -> str:
     size = re.search(r'viewBox="([^"]+)"', text)[1]
     start = f'<svg viewBox="{size}" role="img" aria-label="{html.escape(alt, quote=True)}" xmlns="http://www.w3.org/2000/svg">'
     return start + text[text.index(">") + 1 :].strip()
+
+
+def thinned(count: int, most: int) -> np.ndarray:
+    """`most` of the numbers from 0 to count - 1, evenly, both ends among them; all, if there are no more.
+
+    Args:
+        count: Of how many.
+        most: How many, at the most.
+    """
+    return np.unique(np.linspace(0, count - 1, min(most, count)).astype(int))
 
 
 def spread(names: Sequence[Any], most: int) -> list[Any]:

@@ -55,8 +55,18 @@ def firing_rates(model: keras.Model, x: np.ndarray | Iterable[Any], batch_size: 
 
 
 def thresholds(model: keras.Model) -> dict[str, float]:
-    """The threshold V_th of each neuron layer, by name and in order."""
-    return {layer.name: float(np.asarray(layer.threshold)) for layer in neurons_of(model)}
+    """The threshold V_th of each neuron layer, in order and by the names that traces have, with time steps or without.
+
+    Args:
+        model: Any model. A neuron layer that no graph reaches, within another layer, has its own name.
+
+    Returns:
+        V_th by name.
+    """
+    named = dict(tracing.reached_neurons(model))
+    reached = set(map(id, named.values()))
+    named |= {layer.name: layer for layer in neurons_of(model) if id(layer) not in reached}
+    return {name: float(np.asarray(layer.threshold)) for name, layer in named.items()}
 
 
 def _fired(name: str, layer: Any, received: Any, output: Any, real: Any) -> dict[str, Any]:

@@ -49,7 +49,7 @@ caption { text-align: left; color: var(--soft); padding: .3rem 0; }
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--grid); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 table.matrix td { text-align: center; padding: .2rem .35rem; min-width: 2.1rem; border: 1px solid var(--page);
-  background: color-mix(in srgb, var(--c1) calc(var(--v) * 70%), var(--card)); }
+  background: color-mix(in srgb, var(--c1) calc(var(--v) * 50%), var(--card)); }
 table.matrix th { padding: .2rem .35rem; font-weight: 500; }
 table.matrix thead th { writing-mode: vertical-rl; transform: rotate(180deg); text-align: left; border: 0; }
 table.matrix thead th:first-child { writing-mode: horizontal-tb; transform: none; vertical-align: bottom; }
@@ -74,6 +74,8 @@ img.one { width: min(100%, 220px); height: auto; }
   .cards { columns: 2; }
   .film.alive span, .film.alive span.now { display: flex; width: auto; }
   .film.alive span.now img, .film img { width: 72px; }
+  .scroll { overflow: visible; }
+  th, td { white-space: normal; }
   table { font-size: .7rem; }
   * { print-color-adjust: exact; }
 }
@@ -215,7 +217,9 @@ def table(heading: Sequence[str], rows: Sequence[Sequence[str]], caption: str = 
         + "</tr>"
         for row in rows
     )
-    return f'<div class="scroll"><table>{above}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return _scroll(
+        f"<table>{above}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>", caption or ", ".join(heading)
+    )
 
 
 def matrix(names: Sequence[str], counts: np.ndarray, caption: str) -> str:
@@ -232,10 +236,17 @@ def matrix(names: Sequence[str], counts: np.ndarray, caption: str) -> str:
     for name, row, shades in zip(names, counts, parts, strict=True):
         cells = "".join(f'<td style="--v:{v:.3f}">{n or ""}</td>' for n, v in zip(row, shades, strict=True))
         rows.append(f'<tr><th scope="row">{html.escape(name)}</th>{cells}</tr>')
-    return (
-        f'<div class="scroll"><table class="matrix"><caption>{html.escape(caption)}</caption>'
-        f'<thead><tr><th scope="col">true, answered</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    return _scroll(
+        f'<table class="matrix"><caption>{html.escape(caption)}</caption><thead><tr>'
+        f'<th scope="col">true, answered</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>',
+        caption,
     )
+
+
+def _scroll(content: str, label: str) -> str:
+    """What scrolls sideways; by keys too, so it takes the focus and says what it is."""
+    name = html.escape(label, quote=True)
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{name}">{content}</div>'
 
 
 def image(pixels: np.ndarray, alt: str) -> str:

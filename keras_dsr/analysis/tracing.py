@@ -358,14 +358,14 @@ def neurons_by_name(model: keras.Model) -> dict[str, SpikingNeuron]:
         ValueError: if the model has none, none that can be reached, or no time steps, or a layer runs more than once.
     """
     found: dict[str, SpikingNeuron] = {}
-    for name, layer, _ in graph.calls(model):
-        if isinstance(layer, SpikingNeuron):
-            if name in found:
-                raise ValueError(
-                    f"The neuron layer {name!r} of model {model.name!r} runs more than once, so what it does has no "
-                    "one name. Use a layer of its own for each place, with its own name."
-                )
-            found[name] = layer
+    graph.functional(model)  # raises, if it is none
+    for name, layer in reached_neurons(model):
+        if name in found:
+            raise ValueError(
+                f"The neuron layer {name!r} of model {model.name!r} runs more than once, so what it does has no one "
+                "name. Use a layer of its own for each place, with its own name."
+            )
+        found[name] = layer
     inside = neurons_of(model)
     if len(inside) > len(found):
         raise ValueError(
@@ -381,6 +381,19 @@ def neurons_by_name(model: keras.Model) -> dict[str, SpikingNeuron]:
             "with keras_dsr.models.with_timesteps(model, N)."
         )
     return found
+
+
+def reached_neurons(model: keras.Model) -> list[tuple[str, SpikingNeuron]]:
+    """Neuron layers that a model's graph runs, with the names that they have here, time steps or not; none without one.
+
+    Args:
+        model: Any model.
+    """
+    try:
+        graph.functional(model)
+    except ValueError:
+        return []
+    return [(name, layer) for name, layer, _ in graph.calls(model) if isinstance(layer, SpikingNeuron)]
 
 
 def run(probe: Probe, x: np.ndarray | Iterable[Any], batch_size: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
