@@ -74,7 +74,7 @@ def functions_and_classes():
                 yield pytest.param(found, id=f"{module.__name__}.{name}")
 
 
-@pytest.mark.parametrize("found", functions_and_classes())
+@pytest.mark.parametrize("found", list(functions_and_classes()))
 def test_what_is_taken_and_given_is_described(found):
     described = inspect.getdoc(found)
     assert described

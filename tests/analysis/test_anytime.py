@@ -237,7 +237,9 @@ def test_a_policy_in_force_changes_nothing(policy):
 def test_whole_numbers_are_taken_as_the_model_takes_them():
     inputs = keras.Input((2, 3, 1))
     flat = keras.layers.TimeDistributed(keras.layers.Flatten())(inputs)
-    x = layers.IFSpike(threshold=2.0)(keras.layers.TimeDistributed(keras.layers.Dense(2))(flat))
+    x = layers.IFSpike(threshold=2.0)(
+        keras.layers.TimeDistributed(keras.layers.Dense(2, kernel_initializer="ones"))(flat)
+    )
     model = keras.Model(inputs, layers.SpikeRep()(x))
     frames = np.random.default_rng(0).integers(0, 9, (4, 2, 3, 1), "uint8")
     expected = anytime.outputs_by_step(model, frames.astype("float32"))
