@@ -6,10 +6,12 @@
   `calibrate_thresholds` and `calibrate_normalization`, which make a trained ANN ready for spikes
 - `keras_dsr.RateCoding`, `keras_dsr.WeightedRateCoding`: what a train of spikes stands for
 - `keras_dsr.Stream`: what travels between layers
-- `keras_dsr.callbacks`: `CheckFinite`
+- `keras_dsr.callbacks`: `CheckFinite`, `FiringRate`, `ThresholdHistory`, `SpikeHistograms`
+- `keras_dsr.analysis`: what happens inside: traces, energy, errors of representation, answers before the last step
 - `keras_dsr.optimizers`: `SGD`, with the paper's weight decay
 - `keras_dsr.training`: `train`, and `strategy` for several devices
-- the command line, `keras-dsr`: `train`, `resume`, `tune`, `evaluate`, `recipes`, `pack`, `compare`, `check-tpu`
+- the command line, `keras-dsr`: `train`, `resume`, `tune`, `evaluate`, `report`, `recipes`, `pack`, `compare`,
+  `check-tpu`
 
 Reference: Meng et al., "Training High-Performance Low-Latency Spiking Neural Networks by Differentiation on Spike
 Representation", CVPR 2022.

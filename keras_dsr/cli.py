@@ -1,5 +1,5 @@
-"""The command line, `keras-dsr`: train, resume, tune, evaluate, recipes, pack, compare, export, verify, check-tpu,
-serve.
+"""The command line, `keras-dsr`: train, resume, tune, evaluate, report, recipes, pack, compare, export, verify,
+check-tpu, serve.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from keras_dsr import deployment, recipes, runs, serving, training, tuning
+from keras_dsr import deployment, recipes, report, runs, serving, training, tuning
 from keras_dsr.distribution import DEVICES, Strategy
 from keras_dsr.export import FORMS
 from keras_dsr.recipes import Recipe
@@ -94,7 +94,15 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument(
         "--join", metavar="HOST:PORT", help="only add workers to the search in --folder, whose chief listens there"
     )
-    for each in (train, resume, evaluate, tune):
+    reporting = commands.add_parser(
+        "report",
+        help="write a run's report",
+        description="Write one HTML page about a run, and its figures as JSON: training, firing rates, errors, energy.",
+    )
+    reporting.add_argument("run", help="a run folder, such as runs/digits-20260101-120000; or a preset")
+    reporting.add_argument("--to", type=Path, metavar="FILE", help="the page (default: report.html in the run folder)")
+    reporting.add_argument("--examples", type=int, default=1000, help="test examples to look at (default: 1000)")
+    for each in (train, resume, evaluate, tune, reporting):
         each.add_argument("--data-dir", type=Path, help="where the data set is (default: $KERAS_DSR_DATA)")
     listing = commands.add_parser(
         "recipes", help="list recipes", description="List all recipes, or print the settings of one."
@@ -232,7 +240,9 @@ def _train(options: argparse.Namespace) -> None:
 def _recipe(options: argparse.Namespace, names: Sequence[str]) -> Recipe:
     """The recipe that was named, with the settings that were given by `--set` and by options of their own."""
     given = Path(options.recipe)
-    recipe = Recipe.from_json(given.read_text()) if given.suffix == ".json" else recipes.get(options.recipe)
+    recipe = (
+        Recipe.from_json(given.read_text(encoding="utf-8")) if given.suffix == ".json" else recipes.get(options.recipe)
+    )
     changes = recipes.parse_settings(options.set)
     for name in names:
         if getattr(options, name) is not None:
@@ -283,6 +293,13 @@ def _written(folder: Path) -> float:
 
 def _evaluate(options: argparse.Namespace) -> None:
     _report(training.evaluate(options.run, data_dir=options.data_dir), options.run)
+
+
+def _write_report(options: argparse.Namespace) -> None:
+    written = report.write(options.run, data_dir=options.data_dir, examples=options.examples, to=options.to)
+    for title, why in written.missing.items():
+        print(f"keras-dsr: {title} is left out. {why}", file=sys.stderr)
+    print(f"Written: {written.html}, and its figures in {written.json}")
 
 
 def _report(summary: runs.Summary, folder: Path) -> None:
@@ -403,8 +420,8 @@ def _deploy(given: deployment.Source, base: Path, **settings: Any) -> None:
     with _told():
         exported = deployment.deploy(given, base, **settings)
     console = Console()
-    for report in exported.reports:
-        console.print(report.table())
+    for proof in exported.reports:
+        console.print(proof.table())
     inputs = "random inputs, as the data set is not at hand (pass --data-dir for real ones)"
     if given.examples is not None:
         inputs = f"{len(given.examples)} real inputs"
@@ -416,11 +433,11 @@ def _deploy(given: deployment.Source, base: Path, **settings: Any) -> None:
 def _verify(options: argparse.Namespace) -> None:
     given = deployment.source(options.network, data_dir=options.data_dir, examples=options.examples)
     with _told():
-        report = deployment.verify(given, options.exported, options.onnx, flip_budget=options.flip_budget)
-    Console().print(report.table())
+        proof = deployment.verify(given, options.exported, options.onnx, flip_budget=options.flip_budget)
+    Console().print(proof.table())
     if options.report is not None:
-        report.write(options.report)
-    if not report.passed:
+        proof.write(options.report)
+    if not proof.passed:
         raise ValueError(f"{options.exported} does not do as {options.network} does.")
 
 
@@ -471,6 +488,7 @@ _COMMANDS = {
     "resume": _resume,
     "tune": _tune,
     "evaluate": _evaluate,
+    "report": _write_report,
     "recipes": _recipes,
     "pack": _pack,
     "compare": _compare,

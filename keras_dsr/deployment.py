@@ -140,7 +140,7 @@ def _of_run(folder: Path, data_dir: Path | None, examples: int) -> Source:
         "validation_accuracy": summary.validation_accuracy,
         "firing_rates": summary.firing_rates,
         "recipe": dataclasses.asdict(recipe),
-        "training": json.loads((folder / "environment.json").read_text()),
+        "training": json.loads((folder / "environment.json").read_text(encoding="utf-8")),
     }
     preprocessing = _preprocessing(loaded.input_shape, loaded.mean, loaded.std)
     return Source(recipe.name, model, preprocessing, about, _examples(loaded, preprocessing, examples))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+from keras import ops
 
 Call = Callable[..., Any]
 
@@ -67,6 +68,23 @@ def calls(model: keras.Model) -> list[tuple[str, Any, Any]]:
 
     walk(model, functional(model).inputs, note)
     return found
+
+
+def standardized(model: keras.Model, x: Any) -> Any:
+    """A model's input as the model makes it of what it is given: of its own dtype, and with a last axis of one.
+
+    `walk` begins behind this. Keras does it in calls of a functional model, and not of its graph.
+
+    Args:
+        model: A functional or Sequential model with one input.
+        x: What it is given, such as images in whole numbers.
+    """
+    like = functional(model).inputs[0]
+    x = ops.cast(x, like.dtype)
+    rank, wanted = len(x.shape), len(like.shape)
+    if rank == wanted - 1 and like.shape[-1] == 1:
+        return ops.expand_dims(x, -1)
+    return ops.squeeze(x, -1) if rank == wanted + 1 and x.shape[-1] == 1 else x
 
 
 def functional(model: keras.Model) -> Any:

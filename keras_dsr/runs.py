@@ -36,7 +36,7 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 # What `replacing` leaves of a process that was killed as it wrote.
-_LEFT_OVER = re.compile(r"\.\d+-.+\.(json|npz|csv|png|keras)")
+_LEFT_OVER = re.compile(r"\.\d+-.+\.(json|npz|csv|png|keras|html)")
 # What runs were trained on that do not say so.
 _ONE_DEVICE = types.MappingProxyType({"strategy": "one", "replicas": 1, "processes": 1})
 
@@ -180,7 +180,7 @@ def recipe_of(folder: Path) -> Recipe:
         raise FileNotFoundError(
             f"{folder} is not the folder of a run: it has no recipe.json. Train one with keras-dsr train RECIPE."
         )
-    return Recipe.from_json(path.read_text())
+    return Recipe.from_json(path.read_text(encoding="utf-8"))
 
 
 def summary_of(folder: Path) -> Summary:
@@ -195,7 +195,7 @@ def summary_of(folder: Path) -> Summary:
                 f"{folder} is not the folder of a finished run: it has no {name}. "
                 "Train one with keras-dsr train RECIPE, or finish this one with keras-dsr resume."
             )
-    return Summary.from_json((folder / "summary.json").read_text())
+    return Summary.from_json((folder / "summary.json").read_text(encoding="utf-8"))
 
 
 def _differences(one: Recipe, other: Recipe) -> str:
@@ -236,7 +236,7 @@ def check_environment(folder: Path, devices: Mapping[str, Any] = _ONE_DEVICE) ->
     if not path.is_file():
         write(path, json_text({**environment(), "devices": dict(devices)}))
         return
-    before = json.loads(path.read_text())
+    before = json.loads(path.read_text(encoding="utf-8"))
     if before["backend"] != keras.backend.backend():
         raise ValueError(
             f"{folder} was begun with the Keras backend {before['backend']!r} and goes on to the same weights only "
@@ -294,13 +294,13 @@ def json_text(value: Any) -> str:
 def write(path: Path, text: str) -> None:
     """Writes a text file that appears whole or not at all."""
     with replacing(path) as beside:
-        beside.write_text(text)
+        beside.write_text(text, encoding="utf-8")
 
 
 def write_history(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Writes the rows of a history as CSV; a column that some rows lack is empty there."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    with replacing(path) as beside, beside.open("w", newline="") as file:
+    with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
@@ -336,7 +336,7 @@ def compare(folders: Sequence[Path]) -> tuple[list[str], list[list[str]]]:
 def _results(folder: Path) -> dict[str, str]:
     if not (folder / "summary.json").is_file():
         history = folder / "history.csv"
-        epochs = len(history.read_text().splitlines()) - 1 if history.is_file() else 0
+        epochs = len(history.read_text(encoding="utf-8").splitlines()) - 1 if history.is_file() else 0
         return {"state": f"unfinished, {epochs} epochs"}
     summary = summary_of(folder)
     rates = summary.firing_rates.values()

@@ -26,7 +26,7 @@ from keras import ops
 
 from keras_dsr import backend, checkpoints, data, models, runs
 from keras_dsr.analysis import figures, firing
-from keras_dsr.callbacks import CheckFinite
+from keras_dsr.callbacks import CheckFinite, check_tensorboard
 from keras_dsr.constraints import not_finite
 from keras_dsr.data.augmentation import Augmentation
 from keras_dsr.data.parts import DataSet, Part
@@ -196,7 +196,7 @@ def train(
         ImportError: if TensorBoard's logs are asked for and the package is not installed.
     """
     if tensorboard:
-        _check_tensorboard()
+        check_tensorboard()
     devices = devices or strategy()
     devices.check_batch_size(recipe.batch_size)
     Augmentation(recipe.augmentation, padding=recipe.padding, cutout=recipe.cutout)  # refuses what there is not, early
@@ -661,16 +661,6 @@ def dtype_policy(name: str) -> Iterator[None]:
         keras.config.set_dtype_policy(before)
 
 
-def _check_tensorboard() -> None:
-    try:
-        import tensorboard  # noqa: F401 - the callback fails late and unclearly without it
-    except ImportError as error:
-        raise ImportError(
-            "TensorBoard's logs need the package tensorboard. Install it with: pip install 'keras-dsr[tensorboard]', "
-            "or train without --tensorboard."
-        ) from error
-
-
 def _evaluation_batches(loaded: DataSet, part: Part, devices: Strategy) -> tuple[Any, int | None]:
     """What `evaluate` gets of a part, and in how many steps; `None` to go on to its end."""
     size = devices.evaluation_batch_size(128)
@@ -810,10 +800,10 @@ def pack(folder: Path, path: Path, *, data_dir: Path | None = None, version: int
         recipe=dataclasses.asdict(recipe),
         weight_bits=recipe.weight_bits,
         stem=recipe.stem,
-        environment=json.loads((folder / "environment.json").read_text()),
+        environment=json.loads((folder / "environment.json").read_text(encoding="utf-8")),
     )
     model = keras.models.load_model(folder / "model.keras")
-    return presets.pack(model, card, (folder / "history.csv").read_text(), path)
+    return presets.pack(model, card, (folder / "history.csv").read_text(encoding="utf-8"), path)
 
 
 def _draw(

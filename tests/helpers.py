@@ -21,6 +21,7 @@ OPTIONAL = {
     "prometheus_client",
     "ray",
     "starlette",
+    "playwright",
     "tensorboard",
     "tensorflow_datasets",
     "tensorflow_serving",

@@ -24,7 +24,7 @@ LEVELS = {
     "stream": 2,
     "graph": 2,
     "layers": 3,
-    "callbacks": 4,
+    "callbacks": 5,
     "stepping": 4,
     "models": 4,
     "analysis": 4,
@@ -38,6 +38,7 @@ LEVELS = {
     "export": 7,
     "serving": 7,
     "experiments": 8,
+    "report": 8,
     "deployment": 8,
     "tpu": 8,
     "tuning": 8,
@@ -55,7 +56,7 @@ ALLOWED = {
     "graph": set(),
     "stepping": {"backend", "graph", "layers"},
     "serving": {"files"},
-    "analysis": {"backend", "coding", "stream", "layers", "files"},
+    "analysis": {"backend", "coding", "stream", "layers", "graph", "stepping", "files"},
     "export": {"backend", "coding", "stream", "layers", "constraints", "callbacks", "graph", "stepping", "files"},
 }
 # What a server and a client are made of, and nothing imports before it is one.

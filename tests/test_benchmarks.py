@@ -628,7 +628,7 @@ def test_the_gpu_benchmark_runs_on_a_cpu(benchmark, tmp_path):
 
 
 def test_options_have_help(benchmark):
-    for name in ("steps", "scaling", "startup", "accuracy", "summary", "gpu"):
+    for name in ("steps", "scaling", "startup", "accuracy", "summary", "tracing_cost", "gpu"):
         if name == "gpu" and helpers.BACKEND != "jax":
             continue
         for action in benchmark(name).parser()._actions:
@@ -841,3 +841,38 @@ def test_a_worker_is_killed_in_the_midst_of_a_trial(benchmark, tmp_path):
         finally:
             other.kill()
             worker.kill()
+
+
+def test_tracing_has_a_verdict(benchmark, monkeypatch, tmp_path, capsys):
+    cost = benchmark("tracing_cost")
+    made_up = {
+        "inference": {"wall_s": 5.0, "cpu_s": 10.0, "quarter_mb": 900.0, "peak_mb": 901.0},
+        "trace": {"wall_s": 6.0, "cpu_s": 12.5, "quarter_mb": 950.0, "peak_mb": 955.0},
+    }
+    monkeypatch.setattr(cost, "in_fresh_process", lambda script, task, backend: dict(made_up[task["form"]]))
+    cost.compare(cost.parser().parse_args(["--rounds", "1"]))
+    table = (tmp_path / "tracing_cost_tensorflow.md").read_text()
+    assert "| trace | 6.00 | 12.50 | 1.20 | 1.25 | 950 | 955 |" in table
+    assert "times inference: wall time met, CPU time met." in table
+    assert "32 MB: met." in table
+    made_up["trace"] |= {"cpu_s": 13.1, "peak_mb": 1900.0}
+    cost.compare(cost.parser().parse_args(["--rounds", "1"]))
+    assert "times inference: wall time met, CPU time not met." in capsys.readouterr().out
+    made_up["trace"] |= {"wall_s": 7.0}
+    cost.compare(cost.parser().parse_args(["--rounds", "1"]))
+    assert "times inference: wall time not met, CPU time not met." in capsys.readouterr().out
+    results = json.loads((tmp_path / "tracing_cost_tensorflow.json").read_text())
+    assert results["ratio_cpu"] == pytest.approx(1.31)
+    assert results["growth_mb"] == pytest.approx(950.0)
+
+
+@pytest.mark.tensorflow_only
+@pytest.mark.parametrize("form", ["inference", "trace"])
+def test_tracing_is_measured(form, benchmark, monkeypatch):
+    from keras_dsr import layers, models
+
+    small = models.small_cnn((4,), layers.IFSpike(threshold=0.5), timesteps=2, input_shape=(32, 32, 3))
+    monkeypatch.setattr(models, "preact_resnet", lambda *_, **__: small)
+    measured = benchmark("tracing_cost").measure({"form": form, "examples": 10, "batch": 4, "timesteps": 2})
+    assert all(measured[name] > 0 for name in ("wall_s", "cpu_s"))
+    assert measured["peak_mb"] >= measured["quarter_mb"] > 0

@@ -12,6 +12,8 @@ import keras
 import pytest
 
 import keras_dsr
+import keras_dsr.analysis
+import keras_dsr.callbacks
 
 OTHER_BACKEND = {"jax": "keras_dsr.backend.tensorflow", "tensorflow": "keras_dsr.backend.jax"}[helpers.BACKEND]
 MODULES = sorted(
@@ -55,12 +57,31 @@ def test_there_are_examples():
     assert count >= 15
 
 
-@pytest.mark.parametrize("name", ["keras_dsr", "keras_dsr.layers", "keras_dsr.models"])
+@pytest.mark.parametrize("name", ["keras_dsr", "keras_dsr.layers", "keras_dsr.models", "keras_dsr.analysis"])
 def test_public_names_have_docstrings(name):
     module = importlib.import_module(name)
     for public in module.__all__:
         if not public.startswith("__"):
             assert inspect.getdoc(getattr(module, public)), public
+
+
+def functions_and_classes():
+    for module in (keras_dsr.analysis, keras_dsr.callbacks):
+        names = getattr(module, "__all__", [n for n, each in vars(module).items() if inspect.isclass(each)])
+        for name in names:
+            found = getattr(module, name)
+            if callable(found) and not name.startswith("_") and found.__module__.startswith(module.__name__):
+                yield pytest.param(found, id=f"{module.__name__}.{name}")
+
+
+@pytest.mark.parametrize("found", list(functions_and_classes()))
+def test_what_is_taken_and_given_is_described(found):
+    described = inspect.getdoc(found)
+    assert described
+    for name in inspect.signature(found).parameters:
+        assert f"{name}:" in described, f"{found.__name__} does not describe {name}"
+    if inspect.isfunction(found):
+        assert "Returns:" in described or "Yields:" in described
 
 
 @pytest.mark.parametrize("make", [getattr(keras_dsr.layers, name) for name in keras_dsr.layers.__all__])

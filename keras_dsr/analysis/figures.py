@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from keras_dsr.analysis import charts
 from keras_dsr.files import replacing
 
 _INK, _FAINT = "#22303c", "#d9dfe4"
@@ -56,7 +57,7 @@ def training_run(
     figure.suptitle(title, x=0.012, ha="left", fontsize=14, fontweight="bold", color=_INK)
     grid = figure.add_gridspec(2, 3, height_ratios=(1, 1.25))
     names = list(trains)
-    shown = names if len(names) <= _MOST else [names[place] for place in _spread(len(names), _MOST)]
+    shown = charts.spread(names, _MOST)
     color = {name: _COLORS[index % len(_COLORS)] for index, name in enumerate(shown)}
 
     axes = figure.add_subplot(grid[0, 0])
@@ -109,7 +110,7 @@ def training_run(
 
     below = grid[1, :].subgridspec(1, len(shown) + 1)
     axes = figure.add_subplot(below[0])
-    axes.imshow(_picture(image), cmap="gray")
+    axes.imshow(picture(image))
     axes.set_title(caption, loc="left", fontsize=11, fontweight="bold", color=_INK, wrap=True)
     axes.set_axis_off()
     for index, name in enumerate(shown, start=1):
@@ -310,26 +311,27 @@ def _map(
 _MOST = 5
 
 
-def _spread(count: int, most: int) -> list[int]:
-    """`most` of the numbers 0..count-1, evenly, both ends among them."""
-    return [int(place) for place in np.linspace(0, count - 1, most).round()]
+def picture(image: np.ndarray) -> np.ndarray:
+    """An input as a picture: gray or in color, from the least to the largest value; of events ON in red, OFF in blue.
 
+    Args:
+        image: An image (height, width, channels), or event frames (time, height, width, polarities).
 
-def _picture(image: np.ndarray) -> np.ndarray:
-    """An input as a picture: gray or in color, scaled to 0..1; of event frames ON in red and OFF in blue."""
+    Returns:
+        Floats from 0 to 1 of shape (height, width, 3).
+    """
     if image.ndim == 4:
         counts = image.sum(axis=0)
         off, on = (counts[..., channel] / max(counts.max(), 1e-9) for channel in (0, -1))
         return np.clip(1 - np.stack([off, np.maximum(on, off), on], axis=-1), 0, 1)
-    if image.shape[-1] == 3:
-        return np.clip((image - image.min()) / max(np.ptp(image), 1e-9), 0, 1)
-    return image[..., 0]
+    colored = image if image.shape[-1] == 3 else np.repeat(image[..., :1], 3, axis=-1)
+    return np.clip((colored - colored.min()) / max(np.ptp(colored), 1e-9), 0, 1)
 
 
 def _raster(axes: Axes, name: str, train: np.ndarray, color: str, most: int = 64) -> None:
     """Spikes over time, a row a neuron; a layer of more than `most` neurons is thinned out evenly."""
     flat = np.asarray(train).reshape(len(train), -1)
-    chosen = np.unique(np.linspace(0, flat.shape[1] - 1, min(most, flat.shape[1])).astype(int))
+    chosen = charts.thinned(flat.shape[1], most)
     axes.imshow(
         flat[:, chosen].T,
         cmap=ListedColormap(["white", color]),

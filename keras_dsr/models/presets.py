@@ -113,7 +113,7 @@ def card(network: str, weights: str | Path) -> tuple[Card, Path]:
     elif not path.is_file():
         raise FileNotFoundError(f"There is no card at {path}. keras-dsr pack RUN CARD makes one.")
     try:
-        fields = json.loads(path.read_text())
+        fields = json.loads(path.read_text(encoding="utf-8"))
         found = Card(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
     except (json.JSONDecodeError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not the card of a preset, or is damaged: {error}.") from error
@@ -216,8 +216,8 @@ def pack(model: keras.Model, about: Card, history: str, path: Path) -> Card:
             np.savez(file, **arrays)
         digest = hashlib.sha256(beside.read_bytes()).hexdigest()
     with replacing(path.with_suffix(".csv")) as beside:
-        beside.write_text(history)
+        beside.write_text(history, encoding="utf-8")
     complete = dataclasses.replace(about, sha256=digest)
     with replacing(path) as beside:
-        beside.write_text(json.dumps(dataclasses.asdict(complete), indent=2) + "\n")
+        beside.write_text(json.dumps(dataclasses.asdict(complete), indent=2) + "\n", encoding="utf-8")
     return complete
