@@ -18,7 +18,6 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from keras_dsr import runs, training
 from keras_dsr.analysis import anytime, charts, energy, figures, page, representation, tracing
@@ -68,6 +67,8 @@ def _reading(name: str, what: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _looking(what: str) -> Iterator[None]:
     """What cannot be done with the model, or its data, is a lack."""
+    import tensorflow as tf
+
     try:
         yield
     except (ValueError, OSError, tf.errors.OpError) as error:

@@ -333,6 +333,9 @@ def choose(points: Sequence[Point], accuracy: float) -> Point:
         points: What `trade_off` gave, on validation examples: what is chosen on the test part flatters itself.
         accuracy: The least that is wanted, from 0 to 1.
 
+    Returns:
+        The point; of several of as few steps, the most accurate.
+
     Raises:
         ValueError: if no rule has it.
     """

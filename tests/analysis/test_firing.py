@@ -95,7 +95,8 @@ def test_frames_of_leaky_neurons():
     assert 0 < rates["neurons"] < 1
 
 
-def test_thresholds_are_those_of_the_layers(model):
+def test_thresholds_are_those_of_the_layers():
+    model = models.small_cnn((2, 3), layers.IFSpike(threshold=0.5), timesteps=3)
     model.get_layer("neuron2").threshold.assign(0.75)
     assert firing.thresholds(model) == {"neuron1": 0.5, "neuron2": 0.75, "head_neuron": 0.5}
 
