@@ -20,6 +20,10 @@ def main() -> None:
     devices = training.strategy(name, replicas=2)
     folder = Path(sys.argv[1])
     save, restore, calibrated = checkpoints.save, checkpoints.restore, training._calibrated
+    on_epoch_end = training._Keeper.on_epoch_end
+
+    def better_each_time(self, epoch, logs=None):
+        on_epoch_end(self, epoch, {**logs, "val_accuracy": 0.1 * epoch})
 
     def slow_save(path, model, progress, write=True):
         if path.name == "best.npz" and devices.is_chief:
@@ -39,6 +43,7 @@ def main() -> None:
         return [weight + devices.process * 1e-6 for weight in calibrated(*arguments)]
 
     checkpoints.save, checkpoints.restore, training._calibrated = slow_save, told_restore, inexact
+    training._Keeper.on_epoch_end = better_each_time
     settings = ("epochs=2", "hybrid_epochs=1", "timesteps=2", "widths=4", "train_examples=320", "selection=best")
     recipe = recipes.get("digits").with_settings(recipes.parse_settings(list(settings)))
     summary = training.train(recipe, folder, devices=devices, verbose=0)
