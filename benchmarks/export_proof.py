@@ -166,7 +166,7 @@ def add_earlier(name: str, results: dict[str, Any], reports: dict[str, Any]) -> 
     if differ:
         raise ValueError(f"--add is for results of the same machine and versions. These differ: {', '.join(differ)}.")
     commands = earlier["command"].split("; ")
-    results["command"] = "; ".join([*commands, results["command"] + " --add"])
+    results["command"] = "; ".join(dict.fromkeys([*commands, results["command"] + " --add"]))
     results["networks"] = earlier["networks"]
     for network, kept in earlier["networks"].items():
         fields = {field.name: kept[field.name] for field in dataclasses.fields(Report)}
