@@ -6,6 +6,7 @@ data set is not at hand, says so, and the others are there.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import csv
 import dataclasses
@@ -75,7 +76,7 @@ def _looking(what: str) -> Iterator[None]:
         raise _Missing(f"{what} {error}") from error
 
 
-class _Network:
+class _Network(abc.ABC):
     """A trained network, as far as it has come, and what it does on test examples.
 
     Args:
@@ -91,25 +92,25 @@ class _Network:
         self._kept: dict[str, Any] = {}
 
     @property
+    @abc.abstractmethod
     def title(self) -> str:
         """What the page is headed by."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def history(self) -> Path:
         """The history of the training, a CSV file."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def results(self) -> dict[str, Any]:
         """What came out: accuracies, number of test examples, and seconds if they are known."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def environment(self) -> dict[str, Any] | None:
         """Where it was trained, if that is known."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def load(self) -> keras.Model:
         """The model."""
-        raise NotImplementedError
 
     def _once(self, name: str, make: Callable[[], Any]) -> Any:
         """Made at most once; what is missing is missing each time."""

@@ -228,7 +228,7 @@ def response(coding: Coding, timesteps: int, alpha: float, points: int = 1001) -
     coding.weights(timesteps)  # raises, if that is no number of steps
     _check_count("points", points, 2)
     received = np.linspace(-0.25, 1.25, points)
-    output = _constant(received.astype("float32") * _full(coding), coding, timesteps, alpha, 1.0)
+    output = _put_out(received * _full(coding), coding, alpha, 1.0, timesteps)
     return Response(received, output / coding.bound(1.0), np.clip(received, 0, 1))
 
 
@@ -267,7 +267,7 @@ def measured_response(
         for name, each in recordings.items():
             output = each.representation
             if alpha is not None and alpha != each.alpha:
-                output = _given(each.currents, each.coding, alpha, each.threshold)
+                output = _put_out(each.currents, each.coding, alpha, each.threshold)
             parts = np.ravel(each.received) / (_full(each.coding) * each.threshold)
             totals = [
                 np.histogram(parts, edges, weights=None if values is None else np.ravel(values) / each.bound)[0]
@@ -330,7 +330,7 @@ def propose_alpha(
     found = np.empty(len(tried))
     for start in range(0, len(tried), 16):  # so that memory stays small
         some = tried[start : start + 16, np.newaxis].astype("float32")
-        output = _constant(np.tile(currents, (len(some), 1)), coding, timesteps, some, 1.0) / coding.bound(1.0)
+        output = _put_out(np.tile(currents, (len(some), 1)), coding, some, 1.0, timesteps) / coding.bound(1.0)
         found[start : start + 16] = np.abs(output - parts).mean(axis=1)
     equal = np.flatnonzero(found <= found.min() * (1 + 1e-6))
     best = equal[np.argmin(np.abs(tried[equal] - 0.5))]
@@ -347,29 +347,18 @@ def _full(coding: Coding) -> float:
     return float(coding.bound(1.0)) * (coding.tau if isinstance(coding, WeightedRateCoding) else 1.0)
 
 
-def _constant(received: np.ndarray, coding: Coding, timesteps: int, alpha: Any, threshold: float) -> np.ndarray:
-    """r(output) of constant currents, float32 of their shape (alpha may differ along the first axis)."""
+def _put_out(currents: Any, coding: Coding, alpha: Any, threshold: float, timesteps: int | None = None) -> np.ndarray:
+    """r(output) of currents (batch, time, ...); or of constant ones (batch, ...), with `timesteps`.
+
+    `alpha` may differ along the first axis.
+    """
     _, coded = backend.simulate(
-        ops.convert_to_tensor(np.asarray(received, "float32")),
+        ops.convert_to_tensor(np.asarray(currents, "float32")),
         ops.convert_to_tensor(np.float32(threshold)),
         alpha=alpha,
         decay=coding.decay,
         scale=float(coding.bound(1.0)),
         timesteps=timesteps,
-        loop="unrolled",
-    )
-    return np.asarray(coded)
-
-
-def _given(currents: np.ndarray, coding: Coding, alpha: float, threshold: float) -> np.ndarray:
-    """r(output) of currents (batch, time, ...)."""
-    _, coded = backend.simulate(
-        ops.convert_to_tensor(currents),
-        ops.convert_to_tensor(np.float32(threshold)),
-        alpha=alpha,
-        decay=coding.decay,
-        scale=float(coding.bound(1.0)),
-        timesteps=None,
         loop="unrolled",
     )
     return np.asarray(coded)
@@ -386,8 +375,8 @@ def _sums(recording: Recording, steps: int, alpha: float, threshold: float) -> n
     if alpha == recording.alpha and threshold == recording.threshold:
         put_out = np.einsum("t,bt...->b...", weights, recording.output[:, :steps])
     else:
-        put_out = _given(currents, coding, alpha, threshold)
-    constant = _constant(received, coding, steps, alpha, threshold)
+        put_out = _put_out(currents, coding, alpha, threshold)
+    constant = _put_out(received, coding, alpha, threshold, steps)
     parts = [
         np.abs(constant - clamped) / bound,
         np.abs(put_out - constant) / bound,
