@@ -64,7 +64,7 @@ def training_call(task: dict, jit: bool) -> tuple[Callable[[], object], object]:
     """A training step on a random batch, as a call that returns when it is done, and the model.
 
     Args:
-        task: As in `measure`.
+        task: As in `measure`; "kind" is "dsr" if it is left out.
         jit: Whether XLA compiles it.
     """
     import keras

@@ -1,6 +1,6 @@
 """Where the seconds and the bytes of a training step go.
 
-    python benchmarks/profile_step.py                                  # PreAct-ResNet-18 and 20, N = 20, a few minutes
+    python benchmarks/profile_step.py                                  # PreAct-ResNet-18 and 20, N = 5 and 20
     python benchmarks/profile_step.py --networks vgg11 --timesteps 10
 
 The seconds are those of TensorFlow's operations without XLA, as its profiler records them, by what they are for; those
@@ -118,7 +118,7 @@ def measure_bytes(task: dict[str, Any]) -> dict[str, Any]:
     """What XLA says of a network's training step, and of its forward pass, on JAX, without running either.
 
     Args:
-        task: As in `measure_seconds`.
+        task: As in `measure_seconds`, and "kind" as in `keras_step.network`.
     """
     use_cores(task.get("cores"))
     import jax

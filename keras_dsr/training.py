@@ -38,7 +38,20 @@ from keras_dsr.optimizers import SGD
 from keras_dsr.recipes import Recipe
 from keras_dsr.runs import Stage, Summary
 
-__all__ = ["compile_model", "evaluate", "load", "pack", "stages", "strategy", "train"]
+__all__ = [
+    "Fitted",
+    "compile_model",
+    "dtype_policy",
+    "evaluate",
+    "fit",
+    "fit_epochs",
+    "load",
+    "pack",
+    "require_validation",
+    "stages",
+    "strategy",
+    "train",
+]
 
 # Enough: each gives thousands of activations to most layers, and as many as there are classes to the last.
 _CALIBRATION_EXAMPLES = 2048
@@ -52,7 +65,7 @@ _STEPS_WORTH_COMPILING = 1000
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """One stage of a training, as its recipe wants it."""
+    """One stage of a training, as its recipe wants it; the last one's network is the result."""
 
     name: str
     number: int
@@ -62,19 +75,20 @@ class _Plan:
     optimizer: str
     learning_rate: float
     weight_decay: float
+    last: bool = False
 
 
 def _plans(recipe: Recipe) -> list[_Plan]:
     spiking = "spiking" if recipe.timesteps else "representation"
-    last = (recipe.epochs, recipe.optimizer, recipe.learning_rate, recipe.weight_decay)
+    own = (recipe.epochs, recipe.optimizer, recipe.learning_rate, recipe.weight_decay)
     if not recipe.hybrid_epochs:
-        return [_Plan(spiking, 0, recipe.timesteps, None, *last)]
+        return [_Plan(spiking, 0, recipe.timesteps, None, *own, last=True)]
     first = (recipe.hybrid_epochs, recipe.hybrid_optimizer, recipe.hybrid_learning_rate, recipe.hybrid_weight_decay)
     plans = [_Plan("representation", 0, 0, None, *first)]
     if recipe.hybrid_quantized_epochs:
         quantized = (recipe.hybrid_optimizer, recipe.hybrid_quantized_learning_rate, recipe.hybrid_weight_decay)
         plans.append(_Plan("quantized", 1, 0, recipe.timesteps, recipe.hybrid_quantized_epochs, *quantized))
-    return [*plans, _Plan(spiking, len(plans), recipe.timesteps, None, *last)]
+    return [*plans, _Plan(spiking, len(plans), recipe.timesteps, None, *own, last=True)]
 
 
 def compile_model(
@@ -344,17 +358,17 @@ def _run_stages(
     state: dict[str, Any] = {"rows": [], "stage": -1, "epoch": 0, "best": [0, -1.0], "calibrated": None}
     if begun:
         state = devices.everyone(lambda: checkpoints.progress(folder / "checkpoint.npz"))
+        # The checkpoint says so itself: the folder's environment.json may be gone, or written anew.
         runs.check_devices(folder / "checkpoint.npz", state.get("devices", devices.facts()), devices.facts())
     state["devices"] = devices.facts()
 
     model = None
-    plans = _plans(recipe)
-    for plan in plans:
+    for plan in _plans(recipe):
         if plan.number < state["stage"]:
             continue
         weights = None if model is None else _calibrated_by_chief(devices, folder, model, recipe, plan, loaded)
         model = None  # its memory is for the next stage
-        more = callbacks if plan is plans[-1] else ()
+        more = callbacks if plan.last else ()
         model = _run_stage(recipe, plan, folder, devices, loaded, state, weights, tensorboard, verbose, more)
     return model, state
 
@@ -484,7 +498,6 @@ def _run_stage(
     # Each stage draws its own numbers, whether or not this process ran the one before.
     keras.utils.set_random_seed(recipe.seed + 7919 * plan.number)
     steps = loaded.steps(recipe.batch_size)
-    last = plan.number == len(_plans(recipe)) - 1
 
     # In bfloat16 it is slower with XLA than without.
     worth = plan.timesteps == 0 and recipe.precision == "float32" and steps * plan.epochs >= _STEPS_WORTH_COMPILING
@@ -494,11 +507,11 @@ def _run_stage(
         _compile(model, recipe, plan, steps, devices.jit_compile(jit_compile))
         _fit(model, recipe, plan, folder, devices, loaded, state, weights, tensorboard, verbose, more)
         # After the last epoch the chief may still be at writing it.
-        if last and devices.see(folder / "best.npz"):
+        if plan.last and devices.see(folder / "best.npz"):
             checkpoints.restore(folder / "best.npz", model)
         if devices.name == "one":
             return model
-        if last:
+        if plan.last and recipe.precision == "float32":  # else it is another network that comes out
             state["test_accuracy"] = _accuracy(model, loaded, loaded.test, devices)
     own = _build(recipe, plan, loaded.classes, loaded.input_shape)
     _compile(own, recipe, plan, steps, jit_compile)
@@ -558,19 +571,18 @@ def _fit(
 ) -> None:
     """Trains a compiled model from where the run is to the end of the stage; arguments as in `_run_stage`."""
     done = 0
-    last = plan.number == len(_plans(recipe)) - 1
     if state["stage"] == plan.number:
         checkpoints.restore(folder / "checkpoint.npz", model)
         done = state["epoch"]
     elif weights is not None:
         model.set_weights(weights)
-        if last:
+        if plan.last:
             state["calibrated"] = _accuracy(model, loaded, loaded.validation, devices)
         state["best"] = [0, -1.0]
     if not state["rows"]:
         state["initial_thresholds"] = firing.thresholds(model)
 
-    keep_best = last and recipe.selection == "best"
+    keep_best = plan.last and recipe.selection == "best"
     callbacks: list[keras.callbacks.Callback] = [_Keeper(folder, plan, state, keep_best, devices.is_chief)]
     if tensorboard and devices.is_chief:
         callbacks.append(keras.callbacks.TensorBoard(folder / "tensorboard" / plan.name, write_graph=False))
@@ -697,9 +709,9 @@ def _write_results(recipe: Recipe, folder: Path, loaded: DataSet, state: dict[st
     stages = []
     for plan in _plans(recipe):
         mine = [row for row in rows if row["stage"] == plan.name]
-        calibrated = state["calibrated"] if plan.number == len(_plans(recipe)) - 1 > 0 else None
+        calibrated = state["calibrated"] if plan.last and plan.number else None
         accuracies = [row.get("val_accuracy") for row in mine] or [calibrated]
-        chosen = state["best"][1] if plan.number == len(_plans(recipe)) - 1 and state["best"][0] else accuracies[-1]
+        chosen = state["best"][1] if plan.last and state["best"][0] else accuracies[-1]
         seconds = sum(row["seconds"] for row in mine)
         stages.append(Stage(plan.name, plan.timesteps, len(mine), seconds, chosen, calibrated))
     saved = None
@@ -707,7 +719,7 @@ def _write_results(recipe: Recipe, folder: Path, loaded: DataSet, state: dict[st
         # By the median: the first epoch of a stage compiles.
         typical = statistics.median(row["seconds"] for row in rows if row["stage"] == stages[-1].name)
         saved = sum(stage.epochs * typical - stage.seconds for stage in stages[:-1])
-    accuracy = state.get("test_accuracy") if recipe.precision == "float32" else None
+    accuracy = state.get("test_accuracy")
     summary = Summary(
         test_accuracy=_accuracy(model, loaded, loaded.test) if accuracy is None else accuracy,
         test_examples=len(loaded.test),

@@ -628,7 +628,7 @@ def test_the_gpu_benchmark_runs_on_a_cpu(benchmark, tmp_path):
 
 
 def test_options_have_help(benchmark):
-    for name in ("steps", "scaling", "startup", "accuracy", "summary", "tracing_cost", "gpu"):
+    for name in ("steps", "scaling", "startup", "accuracy", "summary", "tracing_cost", "profile_step", "gpu"):
         if name == "gpu" and helpers.BACKEND != "jax":
             continue
         for action in benchmark(name).parser()._actions:

@@ -185,22 +185,22 @@ def exact_copy(model: keras.Model, grid: Grid) -> keras.Model:
         try:
             _settle(copy, bits)
             break
-        except _TooFewSteps:
+        except _TooFewBits:
             if bits == _WORTH_BITS[-1]:
                 raise
     largest_sums(copy)  # raises, if anything above is wrong
     return copy
 
 
-class _TooFewSteps(ValueError):
-    """Too few bits are left for the weights of a kernel."""
+class _TooFewBits(ValueError):
+    """Too few bits are left for the weights of a kernel; or no spike can be worth a number of so few."""
 
 
 def _settle(copy: keras.Model, bits: int) -> None:
     """Rounds the weights of a model such that its sums are exact, with spikes that are worth numbers of so many bits.
 
     Raises:
-        _TooFewSteps: if too little would be left of a kernel.
+        _TooFewBits: if too little would be left of a kernel, or no threshold gives a spike such a worth.
         ValueError: if the network has layers whose sums cannot be exact.
     """
     settling = _Settling()
@@ -361,7 +361,7 @@ def _round_worth(neuron: SpikingNeuron, bits: int) -> None:
             if each * scale == wanted:
                 neuron.threshold.assign(each)
                 return
-    raise ValueError(
+    raise _TooFewBits(
         f"A spike of {neuron.name!r}, V_th / dt, cannot be worth a number of {bits} bits near "
         f"{mantissa * 2.0**exponent}: its scale is {neuron.scale}. Use a dt such as 0.05."
     )
@@ -506,7 +506,7 @@ class _Settling:
             sums = off * len(before) * self._inputs[key]
             matters = (sums > self._totals[key] / 2**8) & (sums > 2.0 ** (_SMALLEST + BITS))
             if ((off > largest / (2 * _LEAST_STEPS)) & matters).any():
-                raise _TooFewSteps(
+                raise _TooFewBits(
                     f"The sums of model {model.name!r} cannot be exact: those of layer {name!r} leave its largest "
                     f"weight in some channel fewer than {_LEAST_STEPS} steps. Fewer inputs have to meet in one sum: "
                     "use fewer channels, or a coarser grid for the input."
