@@ -42,12 +42,23 @@ def network(name: str, kind: str, timesteps: int | None, shape: tuple[int, int, 
 
 
 def forward_of(model, training: bool, jit: bool, x) -> Callable[[], object]:
-    """The compiled forward pass on `x`, as a call that returns when it is done."""
+    """The compiled forward pass on `x`, as a call that returns when it is done.
+
+    In training mode it is a function of its own, whose neurons are compiled as in Keras' training steps.
+    """
     import keras
+
+    from keras_dsr.layers.neurons import neurons_of
 
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
+        if not training:
+            model.compile(jit_compile=jit)
+            x = tf.constant(x)
+            return lambda: model.predict_on_batch(x)
+        for neuron in neurons_of(model):
+            neuron.jit_compile = True
         run = tf.function(lambda x: model(x, training=training), jit_compile=jit)
         x = tf.constant(x)
         return lambda: run(x).numpy()

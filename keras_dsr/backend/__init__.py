@@ -7,6 +7,7 @@
 - `check_finite(value, message)`: an error from within a compiled step, where the backend has such.
 - `register_structure(cls)`: lets the backend look into objects of two tensors.
 - `specs(function, shape, dtype)`: shapes and dtypes of what a function gives, which is not computed.
+- `in_keras_step()`: whether Keras' `fit`, `evaluate` or `predict` is being traced, where the backend asks for that.
 - `draw(sample, like)`: random numbers for a batch that may be spread over replicas.
 - `to_numpy(value)`: what a variable holds that may be spread over devices and processes.
 
@@ -21,6 +22,7 @@ if keras.backend.backend() == "tensorflow":
         carry,
         check_finite,
         draw,
+        in_keras_step,
         register_structure,
         simulate,
         specs,
@@ -33,6 +35,7 @@ elif keras.backend.backend() == "jax":
         carry,
         check_finite,
         draw,
+        in_keras_step,
         register_structure,
         simulate,
         specs,
@@ -50,6 +53,7 @@ __all__ = [
     "carry",
     "check_finite",
     "draw",
+    "in_keras_step",
     "register_structure",
     "simulate",
     "specs",

@@ -99,6 +99,11 @@ def simulate(
     return values, (state[1] * (neuron.spike / weight)).astype(dtype)
 
 
+def in_keras_step() -> bool:
+    """See `keras_dsr.backend.tensorflow.in_keras_step`: no, as XLA compiles all there is anyway."""
+    return False
+
+
 def step(
     current: jax.Array,
     potential: jax.Array,

@@ -178,6 +178,23 @@ def _simulate(
 _compiled_simulate = tf.function(_simulate, jit_compile=True, autograph=False)
 
 
+# The functions that Keras' `fit`, `evaluate` and `predict` (and `train_on_batch` and the like) compile.
+_KERAS_STEPS = {"one_step_on_data", "one_step_on_data_distributed", "multi_step_on_data", "multi_step_on_iterator"}
+
+
+def in_keras_step() -> bool:
+    """Whether this is being traced for `fit`, `evaluate` or `predict`, and so will run in this process alone.
+
+    Keras says so by the names of its functions only. Were they to change, the answer would be no, which is slower.
+    """
+    graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+    while graph is not None:
+        if getattr(graph, "name", None) in _KERAS_STEPS:
+            return True
+        graph = getattr(graph, "outer_graph", None)
+    return False
+
+
 def step(
     current: tf.Tensor,
     potential: tf.Tensor,

@@ -55,7 +55,8 @@ def strategy(
             devices.
         synchronized: Whether normalization takes its statistics over all replicas. On JAX it always does.
         jit_compile: Under `tf.distribute` XLA cannot compile a whole training step: whether it compiles the simulation
-            of each neuron layer by itself; "auto" on GPUs. TPUs and JAX compile all there is.
+            of each neuron layer by itself; "auto" in `fit`, `evaluate` and `predict`, as it is without a strategy. TPUs
+            and JAX compile all there is.
         model_shards: For "jax-model-parallel", over how many devices a wide kernel is cut; a divisor of their number.
         wide: For "jax-model-parallel", the least number of output features that makes a kernel wide.
 

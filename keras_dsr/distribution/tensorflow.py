@@ -63,9 +63,8 @@ class _Distributed(base.Strategy):
         self.synchronized = synchronized
         self.replicas = self.devices = engine.num_replicas_in_sync
         self.processes, self.process = processes, process
-        on_gpu = all("GPU" in device for device in engine.extended.worker_devices)
-        self.compiles_spikes = on_gpu if jit_compile == "auto" else bool(jit_compile)
-        self.compiles_spikes &= name != "tpu"  # there XLA has the whole step
+        # As the layers come, which is in Keras' own steps; on TPUs XLA has the whole step.
+        self.compiles_spikes = False if name == "tpu" else None if jit_compile == "auto" else bool(jit_compile)
 
     @property
     def description(self) -> str:

@@ -73,9 +73,10 @@ class SpikingNeuron(StreamLayer):
 
     takes_tensors = True
 
-    # Whether XLA compiles the simulation alone: for a `tf.distribute` strategy, under which it may not compile a whole
-    # step. It is of where a model runs, and no part of its config.
-    jit_compile = False
+    # Whether XLA compiles the simulation alone, on TensorFlow. `None`: in `fit`, `evaluate` and `predict`, where it
+    # saves time and memory; elsewhere, as in what is exported, there may be no XLA. It is of where a model runs, and
+    # no part of its config.
+    jit_compile: bool | None = None
 
     coding: Coding
     scale: float
@@ -159,12 +160,17 @@ class SpikingNeuron(StreamLayer):
             scale=self.scale,
             timesteps=None if len(values.shape) > len(representation.shape) else steps,
             loop=self.loop,
-            jit_compile=self.jit_compile,
+            jit_compile=self._compiles_alone(),
         )
         spikes = ops.stop_gradient(spikes)
         if is_stream(inputs) or self.timesteps is not None:
             return Stream(spikes, backend.carry(ops.stop_gradient(coded), clamped))
         return backend.carry(spikes, clamped)
+
+    def _compiles_alone(self) -> bool:
+        if self.jit_compile is None:
+            return self.loop == "while" and backend.in_keras_step()
+        return self.jit_compile
 
     def _clamp(self, representation: Any, threshold: Any) -> Any:
         dtype = keras.backend.result_type(representation.dtype, threshold.dtype)

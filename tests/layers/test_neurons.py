@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
 
-from keras_dsr import layers
+from keras_dsr import backend, layers
 from keras_dsr.stream import Stream
 
 LN2 = math.log(2.0)
@@ -812,3 +812,68 @@ def test_compiled_alone_neurons_fire_the_same_spikes(kind, loop, dtype):
         anew = tf.function(run, input_signature=[tf.TensorSpec((None, *current.shape[1:]), "float32")])
         for found in (run(current), anew(current)):
             keras.tree.map_structure(lambda a, b: np.testing.assert_array_equal(numpy(a), b), found, expected)
+
+
+@pytest.mark.tensorflow_only
+def test_neurons_are_compiled_alone_in_the_steps_of_keras_only(tmp_path, monkeypatch):
+    import tensorflow as tf
+
+    compiled = []
+    simulate = backend.simulate
+
+    def spy(*arguments, jit_compile, **others):
+        compiled.append(jit_compile)
+        return simulate(*arguments, jit_compile=jit_compile, **others)
+
+    monkeypatch.setattr(backend, "simulate", spy)
+    x, y = np.random.default_rng(0).normal(0.5, 1.0, (6, 3, 5)).astype("float32"), np.zeros((6, 3, 5), "float32")
+
+    def made(loop="while", alone=None, **arguments):
+        inputs = keras.Input((3, 5))
+        layer = layers.IFSpike(loop=loop)
+        layer.jit_compile = alone
+        model = keras.Model(inputs, layer(keras.layers.Dense(5, kernel_initializer="identity")(inputs)))
+        model.compile(keras.optimizers.SGD(0.1), "mean_squared_error", **{"jit_compile": False, **arguments})
+        return model
+
+    def of(run):
+        compiled.clear()
+        run()
+        return set(compiled)
+
+    for options, expected in (
+        ({}, True),
+        ({"steps_per_execution": 2}, True),
+        ({"jit_compile": True}, True),
+        ({"loop": "unrolled"}, False),
+        ({"run_eagerly": True}, False),
+    ):
+        for run in (
+            lambda model: model.fit(x, y, batch_size=2, verbose=0),
+            lambda model: model.evaluate(x, y, batch_size=2, verbose=0),
+            lambda model: model.predict(x, batch_size=2, verbose=0),
+        ):
+            model = made(**options)
+            assert of(lambda run=run, model=model: run(model)) == {expected}, options
+
+    model = made()
+    for run in (
+        lambda: model.train_on_batch(x, y),
+        lambda: model.test_on_batch(x, y),
+        lambda: model.predict_on_batch(x),
+    ):
+        assert of(run) == {True}
+    for run in (
+        lambda: model(x),
+        lambda: tf.function(model)(x),
+        lambda: model.export(tmp_path / "exported", verbose=False),
+        lambda: tf.saved_model.save(model, str(tmp_path / "saved")),
+    ):
+        assert of(run) == {False}
+
+    plain = made(alone=False)
+    for each in (model, plain):
+        each.set_weights(made().get_weights())
+        each.fit(x, y, batch_size=2, epochs=2, shuffle=False, verbose=0)
+    assert of(lambda: plain.predict(x, verbose=0)) == {False}
+    np.testing.assert_array_equal(model.predict(x, verbose=0), plain.predict(x, verbose=0))
