@@ -5,6 +5,7 @@ The time loop is unrolled or a `tf.while_loop` over a `TensorArray`: both export
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 
 import numpy as np
@@ -183,10 +184,13 @@ _KERAS_STEPS = {"one_step_on_data", "one_step_on_data_distributed", "multi_step_
 
 
 def in_keras_step() -> bool:
-    """Whether this is being traced for `fit`, `evaluate` or `predict`, and so will run in this process alone.
+    """Whether this is being traced for `fit`, `evaluate` or `predict`, and so will run in this process, with XLA.
 
-    Keras says so by the names of its functions only. Were they to change, the answer would be no, which is slower.
+    Keras says so by the names of its functions only. Were they to change, the answer would be no, which is slower. On
+    Apple's GPUs there is no XLA.
     """
+    if platform.system() == "Darwin" and tf.config.list_physical_devices("GPU"):
+        return False
     graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
     while graph is not None:
         if getattr(graph, "name", None) in _KERAS_STEPS:

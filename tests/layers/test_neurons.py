@@ -871,6 +871,12 @@ def test_neurons_are_compiled_alone_in_the_steps_of_keras_only(tmp_path, monkeyp
     ):
         assert of(run) == {False}
 
+    with monkeypatch.context() as on_a_mac:
+        on_a_mac.setattr("platform.system", lambda: "Darwin")
+        assert of(lambda: made().predict(x, verbose=0)) == {True}
+        on_a_mac.setattr(tf.config, "list_physical_devices", lambda kind=None: ["one"])
+        assert of(lambda: made().predict(x, verbose=0)) == {False}
+
     plain = made(alone=False)
     for each in (model, plain):
         each.set_weights(made().get_weights())
