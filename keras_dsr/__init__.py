@@ -6,7 +6,8 @@
   `calibrate_thresholds` and `calibrate_normalization`, which make a trained ANN ready for spikes
 - `keras_dsr.RateCoding`, `keras_dsr.WeightedRateCoding`: what a train of spikes stands for
 - `keras_dsr.Stream`: what travels between layers
-- `keras_dsr.callbacks`: `CheckFinite`, `FiringRate`, `ThresholdHistory`, `SpikeHistograms`
+- `keras_dsr.callbacks`: `Checkpoint`, with which a killed `fit` goes on to the same weights; `CheckFinite`,
+  `FiringRate`, `ThresholdHistory`, `SpikeHistograms`
 - `keras_dsr.analysis`: what happens inside: traces, energy, errors of representation, answers before the last step
 - `keras_dsr.optimizers`: `SGD`, with the paper's weight decay
 - `keras_dsr.training`: `train`, and `strategy` for several devices

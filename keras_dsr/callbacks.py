@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_dsr import backend
+from keras_dsr import backend, checkpoints
 from keras_dsr.analysis.firing import thresholds
 from keras_dsr.analysis.tracing import Recorder, Tracer
 from keras_dsr.constraints import not_finite
+from keras_dsr.distribution import Strategy
+from keras_dsr.distribution.base import versions
 from keras_dsr.layers.neurons import neurons_of
+
+# An epoch that no training comes to.
+_BEYOND = 2**31 - 1
 
 
 class CheckFinite(keras.callbacks.Callback):
@@ -51,6 +60,317 @@ class CheckFinite(keras.callbacks.Callback):
                         f"Weights of layer {layer.name!r} ({weight.path}) are no longer finite numbers {when}. Lower "
                         "the learning rate, clip the gradients with clipnorm, or look for NaN in the data."
                     )
+
+
+class Checkpoint(keras.callbacks.Callback):
+    """Keeps all that a `fit` needs to go on, so that the same script, run again after a kill, ends with equal weights.
+
+    In its file: weights, the optimizer's slots and iterations (and so the place in a schedule of the learning rate),
+    seeds of dropout and augmentation layers, the state of the callbacks that it is given, metrics and their history,
+    and the place in the data: epoch, and batch within it. It appears whole or not at all, and the one before is kept
+    beside it. Weights are those of a run that was not killed, bit for bit where the device computes alike each time, as
+    CPUs do.
+
+    Data: begun with `initial_epoch=e`, `fit` must get the batches that epoch e had. A checkpoint within an epoch is
+    gone on from by reading its batches up to there once more and leaving them out; callbacks that `fit` has beside this
+    one see these steps. What does so: arrays with `shuffle=False`; a `tf.data.Dataset` whose every pass gives the same
+    batches; a `keras.utils.PyDataset` that does, with `shuffle=False` and (on JAX) one worker; and where order and
+    augmentation change from epoch to epoch, `keras_dsr.data.DataSet.training_batches(...,
+    first_epoch=checkpoint.initial_epoch)`. What does not: `shuffle=True`, which is the default of `fit` for arrays and
+    `PyDataset`; `tf.data` that is shuffled anew each pass; generators that do not begin again. `fit` does not tell its
+    callbacks which of them it has, so this is the caller's to see to; a number of batches that differs is an error.
+
+    Callbacks: give those whose state must go on as `callbacks`, not to `fit`: they are called as `fit` would call them,
+    ahead of the writing. Keras's own are known (EarlyStopping, ReduceLROnPlateau, ModelCheckpoint, SwapEMAWeights,
+    TensorBoard, CSVLogger, LearningRateScheduler, LambdaCallback, TerminateOnNaN), and those of this module. One of
+    your own has `get_state()`, of dicts, lists, numbers, texts and NumPy arrays, and `set_state(state)`, which is
+    called after `on_train_begin`; within an epoch after `on_epoch_begin`, too. What a callback did outside of the
+    process after the last checkpoint, such as a row in a log, is done once more.
+
+    What it costs: writing the weights and the optimizer, at the end of each epoch and as often as `every` says. Of the
+    logs of each batch Keras makes numbers, and so waits for it, as for every callback that looks at batches.
+
+    Args:
+        folder: Folder for `checkpoint.npz`, and `previous.npz`, the one before it; made if it is not there. Of several
+            processes all name the same one, and the chief writes.
+        every: "epoch", or a number of batches, after which a checkpoint is written within an epoch, too.
+        callbacks: Callbacks to call and to keep the state of, in order.
+        devices: Where `fit` trains, of `keras_dsr.training.strategy`; `None` for one device. All processes make their
+            callback, and wait for one another there.
+
+    Attributes:
+        initial_epoch: The epoch to go on with, for `fit`; beyond all epochs if a callback had ended the training.
+        initial_batch: How many batches of that epoch are done.
+
+    Raises:
+        ValueError: if `every` is neither; a callback is not known and has no `get_state` and `set_state`; the file in
+            the folder is damaged, or not of this callback, or of other versions of packages, another Keras backend,
+            other devices or numbers of processes, or other callbacks; from `fit`, if it is of another model or
+            optimizer, `fit` begins with another epoch, the data has another number of batches, or the model is not
+            built.
+        FileNotFoundError: if processes do not see the same folder.
+
+    Example:
+        checkpoint = Checkpoint("runs/mine", every=500, callbacks=[keras.callbacks.EarlyStopping(patience=3)])
+        model.fit(x, y, shuffle=False, epochs=50, initial_epoch=checkpoint.initial_epoch, callbacks=[checkpoint])
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        every: str | int = "epoch",
+        callbacks: Sequence[keras.callbacks.Callback] = (),
+        devices: Strategy | None = None,
+    ) -> None:
+        super().__init__()
+        if every != "epoch":
+            if isinstance(every, str):
+                raise ValueError(f"every is 'epoch', or a number of batches. Received every={every!r}.")
+            _at_least_one("every", every)
+        self.every = every
+        self.callbacks = tuple(callbacks)
+        for callback in self.callbacks:
+            _check_kept(callback)
+        self.devices = devices or Strategy()
+        folder = Path(folder)
+        self.path, self.previous = folder / "checkpoint.npz", folder / "previous.npz"
+        self.devices.on_chief(lambda: folder.mkdir(parents=True, exist_ok=True))
+        self._read_from = next((path for path in (self.path, self.previous) if self.devices.see(path)), None)
+        self._progress: dict[str, Any] | None = None
+        if self._read_from is not None:
+            self._progress = self.devices.everyone(self._read)
+        self._skipping: _Skipping | None = None
+        self._started = False
+
+    @property
+    def initial_epoch(self) -> int:
+        if self._progress is None:
+            return 0
+        return _BEYOND if self._progress["stopped"] else self._progress["epoch"]
+
+    @property
+    def initial_batch(self) -> int:
+        return 0 if self._progress is None else self._progress["batch"]
+
+    def set_model(self, model: keras.Model) -> None:
+        super().set_model(model)
+        for callback in self.callbacks:
+            callback.set_model(model)
+
+    def set_params(self, params: dict[str, Any]) -> None:
+        super().set_params(params)
+        for callback in self.callbacks:
+            callback.set_params(params)
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        self._started = False
+        self._history: dict[str, list[Any]] = {}
+        self._epochs: list[int] = []
+        if not self.model.built:
+            raise ValueError(
+                f"A checkpoint is of a model with weights, and {self.model.name!r} has none yet. Give it an Input, or "
+                "call it on a batch, ahead of fit."
+            )
+        self._tell("on_train_begin", logs)
+        if self._progress is None:
+            return
+        progress = self._progress
+        steps = self.params.get("steps")
+        if None not in (steps, progress["steps"]) and steps != progress["steps"]:
+            raise ValueError(
+                f"{self._read_from} is of a training with {progress['steps']} batches an epoch. Received {steps}; give "
+                "fit the same data and batch size, or name another folder."
+            )
+        self._compare("model", _layers_of(self.model), progress["layers"], "layers")
+        self._compare("optimizer", _optimizer_of(self.model), progress["optimizer"], "settings")
+        checkpoints.restore(self._read_from, self.model)
+        self._set_states()
+        self._history = {name: list(values) for name, values in progress["history"].items()}
+        self._epochs = list(progress["epochs"])
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        self._epoch, self._done, self._since = epoch, 0, 0
+        if self._started:
+            self._tell("on_epoch_begin", epoch, logs)
+            return
+        self._started = True
+        if epoch != self.initial_epoch:
+            raise ValueError(
+                f"The training goes on with epoch {self.initial_epoch}, and fit begins with epoch {epoch}. Call it "
+                "with initial_epoch=checkpoint.initial_epoch."
+            )
+        self._give_history()
+        self._tell("on_epoch_begin", epoch, logs)
+        if self.initial_batch:
+            # A callback may have changed something, as it had when this epoch was begun.
+            checkpoints.restore(self._read_from, self.model)
+            self._set_states()
+            self._skipping = _Skipping(self.model, self._progress["metrics"])
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        if self._skipping is not None:
+            if batch < self.initial_batch:
+                return
+            self._end_skipping()
+        self._tell("on_train_batch_begin", batch, logs)
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        if self._skipping is not None:
+            return
+        self._tell("on_train_batch_end", batch, logs)
+        self._since += batch + 1 - self._done
+        self._done = batch + 1
+        if self.every == "epoch" or self._since < self.every or self._done == self.params.get("steps"):
+            return
+        self._since = 0
+        model = self.model  # on JAX, Keras gives it the weights of now as it is asked for, which takes time
+        if not model.stop_training:  # else the epoch ends here
+            metrics = [backend.to_numpy(variable.value) for variable in model.metrics_variables]
+            self._write(self._epoch, self._done, metrics)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        if self._skipping is not None:
+            self._end_skipping()
+        self._tell("on_epoch_end", epoch, logs)
+        for name, value in (logs or {}).items():
+            self._history.setdefault(name, []).append(value)
+        self._epochs.append(epoch)
+        self._write(epoch + 1, 0, None)
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        if not self._started:
+            self._give_history()
+        self._tell("on_train_end", logs)
+
+    def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
+        self._tell("on_test_begin", logs)
+
+    def on_test_end(self, logs: dict[str, Any] | None = None) -> None:
+        self._tell("on_test_end", logs)
+
+    def on_test_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        self._tell("on_test_batch_begin", batch, logs)
+
+    def on_test_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        self._tell("on_test_batch_end", batch, logs)
+
+    def _tell(self, event: str, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(*arguments)
+
+    def _set_states(self) -> None:
+        for callback, (_, state) in zip(self.callbacks, self._progress["callbacks"], strict=True):
+            _set_state(callback, state)
+
+    def _give_history(self) -> None:
+        """Has what `fit` gives back speak of all epochs."""
+        history = self.model.history
+        history.history = {name: list(values) for name, values in self._history.items()}
+        history.epoch = list(self._epochs)
+
+    def _end_skipping(self) -> None:
+        done, self._skipping = self._skipping.end(), None
+        self._done = done
+        if done != self.initial_batch:
+            raise ValueError(
+                f"{self._read_from} is {self.initial_batch} batches into epoch {self._epoch}, and {done} could be left "
+                "out: the data ended, or steps_per_execution does not divide them. Give fit the same data and compile "
+                "the model as before, or name another folder."
+            )
+
+    def _write(self, epoch: int, batch: int, metrics: list[np.ndarray] | None) -> None:
+        self._progress = {
+            "epoch": epoch,
+            "batch": batch,
+            "stopped": bool(self.model.stop_training),
+            "steps": self.params.get("steps"),
+            "metrics": metrics,
+            "history": self._history,
+            "epochs": self._epochs,
+            "callbacks": [[type(callback).__name__, _get_state(callback)] for callback in self.callbacks],
+            "layers": _layers_of(self.model),
+            "optimizer": _optimizer_of(self.model),
+            "environment": _environment(),
+            "devices": self.devices.facts(),
+        }
+        checkpoints.save(self.path, self.model, self._progress, self.devices.is_chief, self.previous)
+        self._read_from = self.path
+
+    def _read(self) -> dict[str, Any]:
+        """What the file says, if a training can go on from it here."""
+        path = self._read_from
+        try:
+            progress = checkpoints.progress(path)
+        except ValueError as error:
+            if path == self.path and self.previous.is_file():
+                raise ValueError(
+                    f"{error} The one before it is {self.previous}: remove {path} to go on from there."
+                ) from error
+            raise
+        if "environment" not in progress:
+            raise ValueError(f"{path} is a checkpoint, but keras_dsr.callbacks.Checkpoint did not write it.")
+        self._compare("environment", _environment(), progress["environment"], "packages")
+        self._compare("devices", self.devices.facts(), progress["devices"], "devices")
+        names = [type(callback).__name__ for callback in self.callbacks]
+        begun = [name for name, _ in progress["callbacks"]]
+        if names != begun:
+            raise ValueError(
+                f"{path} is of a training with the callbacks {begun}. Received {names}; give the same in the same "
+                "order, or name another folder."
+            )
+        return progress
+
+    def _compare(self, what: str, received: dict[str, Any], expected: dict[str, Any], noun: str) -> None:
+        names = [name for name in {**expected, **received} if received.get(name) != expected.get(name)]
+        if names:
+            pairs = ", ".join(f"{name}: {expected.get(name)!r}, here {received.get(name)!r}" for name in names[:4])
+            raise ValueError(
+                f"{self._read_from} is of another {what}, and goes on to equal weights only with the same {noun}. What "
+                f"differs: {pairs}. Go on as it was begun, or name another folder (keras_dsr.checkpoints.restore gives "
+                "weights and optimizer alone, if they fit)."
+            )
+
+
+class _Skipping:
+    """Has the steps of a `fit` do nothing but read their batches.
+
+    It stands in for `model.train_function`, which `fit` asks for at each step.
+
+    Args:
+        model: A model that is about to train.
+        metrics: What the variables of its metrics get.
+    """
+
+    def __init__(self, model: keras.Model, metrics: list[np.ndarray]) -> None:
+        self._model = model
+        self._metrics = metrics
+        self._done = 0
+        self._own = model.train_function
+        self._logs: dict[str, Any] | None = None
+        # On TensorFlow they are made with the first step, on JAX they are away while steps run.
+        if len(model.metrics_variables) == len(metrics):
+            self._set_metrics()
+        model.train_function = self._step
+
+    def _set_metrics(self) -> None:
+        for variable, value in zip(self._model.metrics_variables, self._metrics, strict=True):
+            variable.assign(value)
+        self._logs = self._model.get_metrics_result()
+
+    def _step(self, *arguments: Any) -> Any:
+        *state, iterator = arguments  # on JAX the state comes first, and goes back beside the logs
+        for _ in range(self._model.steps_per_execution):
+            batch = next(iterator)
+            self._done += 1
+        if self._logs is None:
+            self._model._symbolic_build(data_batch=batch)
+            self._set_metrics()
+        return (self._logs, *state) if state else self._logs
+
+    def end(self) -> int:
+        """Gives the model its steps back; how many batches were read."""
+        self._model.train_function = self._own
+        return self._done
 
 
 class FiringRate(keras.callbacks.Callback):
@@ -127,6 +447,15 @@ class ThresholdHistory(keras.callbacks.Callback):
         if logs is not None:
             logs.update({f"threshold_{name}": value for name, value in found.items()})
 
+    def get_state(self) -> dict[str, Any]:
+        """What `Checkpoint` keeps of it."""
+        return {"history": self.history, "batches": self._batches}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from what `get_state` gave."""
+        self.history = {name: list(values) for name, values in state["history"].items()}
+        self._batches = state["batches"]
+
     def _read(self) -> dict[str, float]:
         found = thresholds(self.model)
         for name, value in found.items():
@@ -182,6 +511,94 @@ class SpikeHistograms(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         self._writer.close()
+
+
+# What of Keras's callbacks changes as they are called; of their subclasses it may be more.
+_KEPT: dict[type[keras.callbacks.Callback], tuple[str, ...]] = {
+    keras.callbacks.EarlyStopping: ("wait", "stopped_epoch", "best", "best_weights", "best_epoch"),
+    keras.callbacks.ReduceLROnPlateau: ("best", "cooldown_counter", "wait"),
+    keras.callbacks.ModelCheckpoint: ("best", "_batches_seen_since_last_saving", "_last_batch_seen"),
+    keras.callbacks.SwapEMAWeights: ("_ema_weights_in_model",),
+    keras.callbacks.TensorBoard: ("_global_train_batch", "_global_test_batch"),
+    keras.callbacks.CSVLogger: (),
+    keras.callbacks.LambdaCallback: (),
+    keras.callbacks.LearningRateScheduler: (),
+    keras.callbacks.TerminateOnNaN: (),
+    CheckFinite: (),
+    FiringRate: (),
+    SpikeHistograms: (),
+}
+
+
+def _check_kept(callback: keras.callbacks.Callback) -> None:
+    """Raises, if it is not known what of a callback to keep."""
+    name = type(callback).__name__
+    if not isinstance(callback, keras.callbacks.Callback):
+        raise ValueError(f"callbacks are keras.callbacks.Callback. Received {callback!r}.")
+    if isinstance(callback, keras.callbacks.CSVLogger) and not callback.append:
+        raise ValueError("CSVLogger would begin its file anew where a training goes on: pass append=True to it.")
+    if type(callback) not in _KEPT and not (hasattr(callback, "get_state") and hasattr(callback, "set_state")):
+        raise ValueError(
+            f"What {name} keeps would be lost: it has no get_state and set_state. Give it both (of {{}} if it keeps "
+            "nothing), or pass it to fit beside the checkpoint."
+        )
+
+
+def _get_state(callback: keras.callbacks.Callback) -> Any:
+    if type(callback) not in _KEPT:
+        return callback.get_state()
+    return {name: _plain(getattr(callback, name)) for name in _KEPT[type(callback)]}
+
+
+def _set_state(callback: keras.callbacks.Callback, state: Any) -> None:
+    if type(callback) not in _KEPT:
+        callback.set_state(state)
+        return
+    for name, value in state.items():
+        setattr(callback, name, value)
+
+
+def _plain(value: Any) -> Any:
+    """An attribute of a callback of Keras, with NumPy arrays in place of tensors."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return keras.ops.convert_to_numpy(value) if keras.ops.is_tensor(value) else value
+
+
+def _environment() -> dict[str, str]:
+    """What sums depend on: the Keras backend and versions of packages."""
+    found = {name: version for name, version in versions().items() if name != "python"}
+    return {"backend": keras.backend.backend(), **found}
+
+
+def _layers_of(model: keras.Model) -> dict[str, str]:
+    """What tells a model from another: for each layer its kind and a digest of its settings, names left out."""
+    found = {}
+    for number, layer in enumerate(model._flatten_layers(include_self=False, recursive=True)):
+        settings = {}
+        # A model's are its layers'; some of a user's own have none that can be had.
+        if not isinstance(layer, keras.Model) and type(layer).get_config is not keras.layers.Layer.get_config:
+            settings = _without_names(layer.get_config())
+        text = json.dumps(settings, sort_keys=True, default=lambda value: type(value).__name__)
+        found[f"layer {number}"] = f"{type(layer).__name__} {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return found
+
+
+def _optimizer_of(model: keras.Model) -> dict[str, Any]:
+    """Settings of an optimizer; its learning rate only if it is a schedule, as callbacks may change a number."""
+    settings = _without_names({"optimizer": type(model.optimizer).__name__, **model.optimizer.get_config()})
+    return json.loads(json.dumps(settings, default=lambda value: type(value).__name__))
+
+
+def _without_names(value: Any) -> Any:
+    """A config without names, which Keras numbers by what else the process made, and numbers that may change."""
+    if isinstance(value, dict):
+        return {
+            name: _without_names(each)
+            for name, each in value.items()
+            if name != "name" and not (name == "learning_rate" and not isinstance(each, dict))
+        }
+    return [_without_names(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def check_tensorboard() -> None:

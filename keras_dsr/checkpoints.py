@@ -15,7 +15,10 @@ import keras
 import numpy as np
 
 from keras_dsr import backend
-from keras_dsr.files import replacing
+from keras_dsr.files import replacing, synchronize
+
+# Names of arrays of the progress begin so.
+_BESIDE = "progress/"
 
 
 def _variables(model: keras.Model) -> dict[str, Any]:
@@ -30,21 +33,52 @@ def _variables(model: keras.Model) -> dict[str, Any]:
     return named | {f"optimizer/{number}": variable for number, variable in enumerate(model.optimizer.variables)}
 
 
-def save(path: Path, model: keras.Model, progress: dict[str, Any], write: bool = True) -> None:
+def save(
+    path: Path, model: keras.Model, progress: dict[str, Any], write: bool = True, previous: Path | None = None
+) -> None:
     """Writes a checkpoint.
 
     Args:
         path: The file; it is replaced as a whole.
         model: A built and compiled model.
-        progress: What else to keep, as JSON can hold it.
+        progress: What else to keep, as JSON can hold it; it may have NumPy arrays in it.
         write: Whether this process writes it. Of several processes that train a model together all call this, as each
             may have a part of the weights, and one writes.
+        previous: Where the file that was at `path` goes. A process that is killed as the new one takes its place may
+            leave `previous` alone. `None` not to keep it.
     """
     arrays = {name: backend.to_numpy(variable.value) for name, variable in _variables(model).items()}
     if not write:
         return
-    with replacing(path) as beside, beside.open("wb") as file:
-        np.savez(file, progress=np.asarray(json.dumps(progress)), **arrays)
+    plain = json.dumps(_without_arrays(progress, arrays))
+    with replacing(path) as beside:
+        with beside.open("wb") as file:
+            np.savez(file, progress=np.asarray(plain), **arrays)
+        if previous is not None and path.is_file():
+            synchronize(beside)
+            path.replace(previous)
+
+
+def _without_arrays(value: Any, arrays: dict[str, np.ndarray]) -> Any:
+    """The same with names in place of arrays, which are put beside those that are there."""
+    if isinstance(value, dict):
+        return {name: _without_arrays(each, arrays) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_arrays(each, arrays) for each in value]
+    if not isinstance(value, (np.ndarray, np.generic)):
+        return value
+    name = f"{_BESIDE}{len(arrays)}"
+    arrays[name] = np.asarray(value)
+    return {_BESIDE: name}
+
+
+def _with_arrays(value: Any, arrays: dict[str, np.ndarray]) -> Any:
+    """What `_without_arrays` was given."""
+    if isinstance(value, dict):
+        if list(value) == [_BESIDE]:
+            return arrays[value[_BESIDE]]
+        return {name: _with_arrays(each, arrays) for name, each in value.items()}
+    return [_with_arrays(each, arrays) for each in value] if isinstance(value, list) else value
 
 
 def progress(path: Path) -> dict[str, Any]:
@@ -53,7 +87,8 @@ def progress(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: if the file is no checkpoint.
     """
-    return json.loads(str(_read(path)["progress"]))
+    arrays = _read(path)
+    return _with_arrays(json.loads(str(arrays["progress"])), arrays)
 
 
 def restore(path: Path, model: keras.Model) -> None:
@@ -69,7 +104,7 @@ def restore(path: Path, model: keras.Model) -> None:
     variables = _variables(model)
     arrays = _read(path)
     expected = {name: tuple(variable.shape) for name, variable in variables.items()}
-    found = {name: array.shape for name, array in arrays.items() if name != "progress"}
+    found = {name: array.shape for name, array in arrays.items() if not name.startswith("progress")}
     if found != expected:
         differing = sorted(set(found.items()) ^ set(expected.items()))[:4]
         raise ValueError(

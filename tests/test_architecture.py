@@ -24,7 +24,7 @@ LEVELS = {
     "stream": 2,
     "graph": 2,
     "layers": 3,
-    "callbacks": 5,
+    "callbacks": 6,
     "stepping": 4,
     "models": 4,
     "analysis": 4,

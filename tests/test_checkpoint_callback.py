@@ -1,0 +1,449 @@
+"""A `fit` that was killed goes on, with its callbacks, to the very weights of one that was not."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import keras
+import killed_fit
+import numpy as np
+import pytest
+from killed_fit import BATCH, EPOCHS, STEPS, arrays, compiled, data, dataset, network
+
+from keras_dsr import callbacks, checkpoints, distribution
+from keras_dsr.callbacks import Checkpoint, ThresholdHistory
+
+SCRIPT = Path(killed_fit.__file__)
+
+
+class Killed(Exception):
+    """What ends a `fit` here, with no chance to tidy up what is in the folder."""
+
+
+class KillAt(keras.callbacks.Callback):
+    """Ends a `fit` after a batch of an epoch; after the epoch if there is no batch."""
+
+    def __init__(self, epoch, batch=None):
+        super().__init__()
+        self.place = (epoch, batch)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if (self.epoch, batch) == self.place:
+            raise Killed
+
+    def on_epoch_end(self, epoch, logs=None):
+        if (epoch, None) == self.place:
+            raise Killed
+
+
+class Counter(keras.callbacks.Callback):
+    """A callback of somebody's own, with all that a state may have in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.state = {"batches": [], "mean": np.zeros(2), "name": "counter", "best": None, "tests": 0}
+
+    def get_state(self):
+        return self.state
+
+    def set_state(self, state):
+        self.state = state
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.state["batches"].append(batch)
+        self.state["mean"] = self.state["mean"] * 0.5 + np.float32(logs["loss"])
+
+    def on_test_batch_begin(self, batch, logs=None):
+        self.state["tests"] += 1
+
+
+def values(model):
+    return {name: np.array(variable.value) for name, variable in checkpoints._variables(model).items()}
+
+
+def same(found, expected):
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=str(name))
+
+
+class Batches(keras.utils.PyDataset):
+    """Batches by number."""
+
+    def __init__(self, x, y):
+        super().__init__()  # on JAX several workers of Keras 3.15 do not keep the order
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return STEPS
+
+    def __getitem__(self, number):
+        part = slice(number * BATCH, (number + 1) * BATCH)
+        return self.x[part], self.y[part]
+
+
+def by_number(checkpoint):
+    x, y, *validation = data()
+    return {"x": Batches(x, y), "shuffle": False, "validation_data": tuple(validation)}
+
+
+def shuffled(checkpoint):
+    """One order, the same in each pass."""
+    import tensorflow as tf
+
+    x, y, *validation = data()
+    batches = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(len(x), seed=1, reshuffle_each_iteration=False)
+    return {"x": batches.batch(BATCH), "shuffle": False, "validation_data": tuple(validation)}
+
+
+def fit(
+    folder, *beside, every=4, of=(), feed=arrays, epochs=EPOCHS, optimizer=None, steps=1, learning_rate=None, **changes
+):
+    """Trains a new model in a folder; gives it, and the history."""
+    model = compiled(network(**changes), learning_rate, steps_per_execution=steps)
+    if optimizer is not None:
+        model.compile(optimizer, "sparse_categorical_crossentropy")
+    checkpoint = Checkpoint(folder, every=every, callbacks=of)
+    fed = feed(checkpoint)
+    told = model.fit(
+        **fed, epochs=epochs, initial_epoch=checkpoint.initial_epoch, callbacks=[checkpoint, *beside], verbose=0
+    )
+    return model, told
+
+
+def kept():
+    """Callbacks that decide what becomes of the weights, and some that only look on; the rate is halved on the way."""
+    return [
+        keras.callbacks.EarlyStopping("loss", patience=30, restore_best_weights=True),
+        keras.callbacks.ReduceLROnPlateau("val_loss", factor=0.5, patience=1, min_delta=10.0, cooldown=1),
+        keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.9),
+        ThresholdHistory(every=1),
+        Counter(),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("feed", "places"),
+    [
+        (arrays, [(0, 2), (0, 9), (1, None), (2, 11)]),
+        (dataset, [(1, 6)]),
+        (by_number, [(2, 9)]),
+        (shuffled, [(1, 9)]),
+    ],
+    ids=["arrays", "data_set", "py_dataset", "tf_data"],
+)
+def test_a_fit_that_is_broken_off_anywhere_ends_as_one_that_was_not(feed, places, tmp_path):
+    unbroken = kept()
+    model, history = fit(tmp_path / "unbroken", of=unbroken, feed=feed, learning_rate=0.02)
+    for place in places:
+        with pytest.raises(Killed):
+            fit(tmp_path / "broken", KillAt(*place), of=kept(), feed=feed, learning_rate=0.02)
+    broken = kept()
+    other, told = fit(tmp_path / "broken", of=broken, feed=feed, learning_rate=0.02)
+    same(values(other), values(model))
+    assert told.history == history.history
+    assert told.epoch == history.epoch == list(range(EPOCHS))
+    assert min(history.history["learning_rate"]) < 0.01  # it was reduced, and the reduction lasted
+    same(broken[-1].state, unbroken[-1].state)
+    assert broken[-1].state["batches"] == [*range(STEPS)] * EPOCHS
+    assert broken[-2].history == unbroken[-2].history
+    for name in ("best", "best_epoch", "wait"):
+        assert getattr(broken[0], name) == getattr(unbroken[0], name)
+    for mine, theirs in zip(broken[0].best_weights, unbroken[0].best_weights, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_a_schedule_goes_on_where_it_was(tmp_path):
+    model, _ = fit(tmp_path / "unbroken")
+    with pytest.raises(Killed):
+        fit(tmp_path / "broken", KillAt(1, 9))
+    checkpoint = Checkpoint(tmp_path / "broken")
+    assert (checkpoint.initial_epoch, checkpoint.initial_batch) == (1, 8)
+    other, _ = fit(tmp_path / "broken")
+    same(values(other), values(model))
+    assert int(other.optimizer.iterations.value) == EPOCHS * STEPS
+
+
+def test_several_steps_at_once(tmp_path):
+    model, _ = fit(tmp_path / "unbroken", every=5, epochs=2, steps=4)
+    with pytest.raises(Killed):
+        fit(tmp_path / "broken", KillAt(1, 11), every=5, epochs=2, steps=4)
+    assert Checkpoint(tmp_path / "broken").initial_batch == 8
+    with pytest.raises(ValueError, match=r"is 8 batches into epoch 1, and 9 could be left out.*steps_per_execution"):
+        fit(tmp_path / "broken", every=5, epochs=2, steps=3)
+    other, _ = fit(tmp_path / "broken", every=5, epochs=2, steps=4)
+    same(values(other), values(model))
+
+
+def test_weights_that_a_callback_swaps_are_swapped_back(tmp_path):
+    def run(name, *beside):
+        swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
+        return fit(tmp_path / name, *beside, of=[swap], optimizer=keras.optimizers.Adam(0.01, use_ema=True))
+
+    model, _ = run("unbroken")
+    for place in ((0, None), (1, 7)):
+        with pytest.raises(Killed):
+            run("broken", KillAt(*place))
+    other, _ = run("broken")
+    same(values(other), values(model))
+
+
+def test_a_fit_that_came_to_its_end_is_not_gone_on_with(tmp_path):
+    first = Counter()
+    model, history = fit(tmp_path, of=[first])
+    again, last = fit(tmp_path, of=[second := Counter()])
+    same(values(again), values(model))
+    assert last.history == history.history
+    assert len(second.state["batches"]) == EPOCHS * STEPS
+    longer, _ = fit(tmp_path, of=[third := Counter()], epochs=EPOCHS + 1)
+    assert len(third.state["batches"]) == (EPOCHS + 1) * STEPS
+    assert int(longer.optimizer.iterations.value) == (EPOCHS + 1) * STEPS
+
+
+def test_a_fit_that_was_stopped_stays_so(tmp_path):
+    def stop():
+        return [keras.callbacks.EarlyStopping("loss", mode="max", patience=1, restore_best_weights=True)]
+
+    model, history = fit(tmp_path, of=stop())
+    assert history.epoch == [0, 1]
+    again, last = fit(tmp_path, of=stop())
+    same(values(again), values(model))
+    assert last.epoch == [0, 1]
+
+
+def test_one_checkpoint_serves_one_fit_after_another(tmp_path):
+    model, _ = fit(tmp_path / "at_once")
+    other = compiled(network())
+    checkpoint = Checkpoint(tmp_path / "in_turn", every=4)
+    for epochs in (1, EPOCHS):
+        fed = arrays(checkpoint)
+        other.fit(**fed, epochs=epochs, initial_epoch=checkpoint.initial_epoch, callbacks=[checkpoint], verbose=0)
+    same(values(other), values(model))
+
+
+def test_best_models_of_before_stay_the_best(tmp_path):
+    def best(folder):
+        return [keras.callbacks.ModelCheckpoint(folder / "best.keras", "loss", save_best_only=True, mode="max")]
+
+    with pytest.raises(Killed):
+        fit(tmp_path, KillAt(0), of=best(tmp_path))
+    written = (tmp_path / "best.keras").read_bytes()
+    _, history = fit(tmp_path, of=(of := best(tmp_path)))
+    assert of[0].best == max(history.history["loss"]) == history.history["loss"][0]
+    assert (tmp_path / "best.keras").read_bytes() == written
+
+
+def test_keras_still_has_what_is_kept_of_its_callbacks(tmp_path):
+    """If this fails, Keras has changed: look what its callbacks keep now, and change `callbacks._KEPT`."""
+    arguments = {
+        keras.callbacks.ModelCheckpoint: (tmp_path / "a.keras",),
+        keras.callbacks.CSVLogger: (tmp_path / "a.csv",),
+        keras.callbacks.TensorBoard: (tmp_path / "logs",),
+        keras.callbacks.LearningRateScheduler: (abs,),
+        callbacks.FiringRate: (np.ones((1, 2)),),
+        callbacks.SpikeHistograms: (tmp_path, np.ones((1, 2))),
+    }
+    changing = {"best": None, "wait": 0}
+    for kind, names in callbacks._KEPT.items():
+        if kind in (keras.callbacks.TensorBoard, callbacks.SpikeHistograms):
+            pytest.importorskip("tensorboard")
+        callback = kind(*arguments.get(kind, ()))
+        callback.set_model(compiled(network()))
+        if names:
+            callback.on_train_begin()
+        for name in names:
+            assert hasattr(callback, name), f"{kind.__name__}.{name}"
+        # What begins as these do and is not in the table may have to be.
+        missing = {name for name in changing if name in vars(callback)} - set(names)
+        assert not missing, f"{kind.__name__} has {missing}"
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A folder with a checkpoint within an epoch, and the one before."""
+    folder = tmp_path_factory.mktemp("begun")
+    keras.utils.set_random_seed(0)
+    with pytest.raises(Killed):
+        fit(folder, KillAt(1, 9), of=[ThresholdHistory()])
+    return {name: (folder / name).read_bytes() for name in ("checkpoint.npz", "previous.npz")}
+
+
+@pytest.fixture
+def folder(begun, tmp_path):
+    """A copy of it."""
+    for name, content in begun.items():
+        (tmp_path / name).write_bytes(content)
+    return tmp_path
+
+
+@pytest.mark.parametrize("part", [0.0, 0.5, 0.99])
+def test_a_damaged_file_is_an_error_that_names_the_one_before(part, folder):
+    path = folder / "checkpoint.npz"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * part)])
+    with pytest.raises(
+        ValueError, match=r"is not a checkpoint, or is damaged.*one before it is .*previous\.npz: remove"
+    ):
+        Checkpoint(folder, callbacks=[ThresholdHistory()])
+    path.unlink()
+    checkpoint = Checkpoint(folder, callbacks=[ThresholdHistory()])
+    assert (checkpoint.initial_epoch, checkpoint.initial_batch) == (1, 4)
+    other, _ = fit(folder, of=[ThresholdHistory()])
+    model, _ = fit(folder / "unbroken", of=[ThresholdHistory()])
+    same(values(other), values(model))
+
+
+def test_a_write_that_fails_leaves_what_there_was(folder, monkeypatch):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(file, **arrays):
+        file.write(b"the beginning")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoints.np, "savez", full)
+    with pytest.raises(OSError, match="No space left"):
+        fit(folder, of=[ThresholdHistory()])
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_kill_between_two_renames_leaves_the_one_before(folder, monkeypatch):
+    replace = Path.replace
+
+    def killed(self, target):
+        if self.name.startswith("."):
+            raise Killed
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(Killed):
+        fit(folder, of=[ThresholdHistory()])
+    monkeypatch.undo()
+    assert [path.name for path in folder.iterdir()] == ["previous.npz"]
+    assert Checkpoint(folder, callbacks=[ThresholdHistory()]).initial_batch == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"units": 25}, r"is of another model.*same layers.*layer \d+: 'Dense"),
+        ({"threshold": 0.9}, r"is of another model.*layer \d+: 'IFSpike"),
+        ({"rate": 0.3}, r"is of another model.*layer \d+: 'Dropout"),
+        ({"learning_rate": 0.01}, r"is of another optimizer.*learning_rate"),
+        (
+            {"learning_rate": keras.optimizers.schedules.CosineDecay(0.02, 60)},
+            r"is of another optimizer.*learning_rate",
+        ),
+    ],
+    ids=["shape", "threshold", "dropout", "no_schedule", "schedule"],
+)
+def test_another_model_or_optimizer_is_refused_and_left_alone(changes, message, folder):
+    with pytest.raises(ValueError, match=message):
+        fit(folder, of=[ThresholdHistory()], **changes)
+
+
+def test_other_data_is_refused(folder):
+    def fewer(checkpoint):
+        return {**arrays(checkpoint), "batch_size": 2 * BATCH}
+
+    with pytest.raises(ValueError, match=r"of a training with 12 batches an epoch\. Received 6"):
+        fit(folder, of=[ThresholdHistory()], feed=fewer)
+
+    def ends(checkpoint):
+        x, y, *_ = data()
+        return {"x": ((x[:BATCH], y[:BATCH]) for _ in range(5)), "steps_per_epoch": STEPS, "shuffle": False}
+
+    with pytest.warns(UserWarning, match="ran out of data"), pytest.raises(ValueError, match="5 could be left out"):
+        fit(folder, of=[ThresholdHistory()], feed=ends)
+
+
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_an_epoch_that_is_not_the_next_is_refused(epoch, folder):
+    checkpoint = Checkpoint(folder, callbacks=[ThresholdHistory()])
+    model = compiled(network())
+    with pytest.raises(ValueError, match=rf"goes on with epoch 1, and fit begins with epoch {epoch}.*initial_epoch="):
+        model.fit(**arrays(checkpoint), epochs=3, initial_epoch=epoch, callbacks=[checkpoint], verbose=0)
+
+
+def test_other_places_versions_and_callbacks_are_refused(folder, monkeypatch):
+    class Three(distribution.Strategy):
+        name, replicas, devices = "three", 3, 3
+
+    of = [ThresholdHistory()]
+    with pytest.raises(ValueError, match=r"is of another devices.*replicas: 1, here 3"):
+        Checkpoint(folder, callbacks=of, devices=Three())
+    with pytest.raises(ValueError, match=r"with the callbacks \['ThresholdHistory'\]\. Received \['CheckFinite'"):
+        Checkpoint(folder, callbacks=[callbacks.CheckFinite(), *of])
+    versions = callbacks.versions
+    monkeypatch.setattr(callbacks, "versions", lambda: {**versions(), "keras": "4.0.0"})
+    with pytest.raises(ValueError, match=r"is of another environment.*keras: '3.*here '4\.0\.0'"):
+        Checkpoint(folder, callbacks=of)
+    monkeypatch.setattr(callbacks, "versions", lambda: {**versions(), "python": "3.99"})
+    assert Checkpoint(folder, callbacks=of).initial_epoch == 1
+
+
+def test_a_checkpoint_of_another_hand_is_refused(tmp_path):
+    checkpoints.save(tmp_path / "checkpoint.npz", compiled(network()), {"rows": []})
+    with pytest.raises(ValueError, match=r"is a checkpoint, but keras_dsr\.callbacks\.Checkpoint did not write it"):
+        Checkpoint(tmp_path)
+
+
+def test_bad_arguments(tmp_path):
+    class Own(keras.callbacks.EarlyStopping):
+        pass
+
+    for arguments, message in (
+        ({"every": "batch"}, r"every is 'epoch', or a number of batches\. Received every='batch'"),
+        ({"every": 0}, "every is a whole number of at least 1"),
+        ({"callbacks": [Own()]}, "What Own keeps would be lost.*get_state and set_state"),
+        ({"callbacks": ["early"]}, r"callbacks are keras\.callbacks\.Callback\. Received 'early'"),
+        ({"callbacks": [keras.callbacks.CSVLogger("a.csv")]}, r"CSVLogger would begin its file anew.*append=True"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Checkpoint(tmp_path, **arguments)
+
+
+def run(folder, kill_after=None, delay=0.0):
+    """Runs the script; kills it so many steps on, and a moment. Where it began, and how many steps it told of."""
+    command = [sys.executable, SCRIPT, folder]
+    start, steps = None, 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            for line in process.stdout:
+                if line.startswith("FROM"):
+                    start = tuple(map(int, line.split()[1:]))
+                steps += line.startswith("STEP")
+                if steps == kill_after:
+                    time.sleep(delay)
+                    process.kill()
+                    break
+        finally:
+            if sys.exc_info()[0] is not None:
+                process.kill()
+    assert process.returncode == (0 if kill_after is None else -signal.SIGKILL)
+    return start, steps
+
+
+def test_a_process_that_is_killed_twice_at_random_ends_as_one_that_was_not(tmp_path):
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    assert run(unbroken) == ((0, 0), EPOCHS * STEPS)
+    moments = random.SystemRandom()
+    done = 0
+    for _ in range(2):
+        steps, delay = moments.randint(4, 14), moments.uniform(0, 0.05)
+        print(f"killed {delay:.3f} s after {steps} steps")
+        (epoch, batch), _ = run(broken, steps, delay)
+        assert epoch * STEPS + batch >= done
+        done = epoch * STEPS + batch + steps - 3
+    start, steps = run(broken)
+    assert start[0] * STEPS + start[1] >= done > 0
+    assert steps == (EPOCHS - start[0]) * STEPS - start[1]
+    with np.load(unbroken / "end.npz") as expected, np.load(broken / "end.npz") as found:
+        same(dict(found), dict(expected))
