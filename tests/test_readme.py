@@ -16,7 +16,17 @@ PAGES = [
     "README.md",
     *(
         f"docs/{name}.md"
-        for name in ("concepts", "training", "distribution", "tuning", "export", "serving", "performance", "analysis")
+        for name in (
+            "concepts",
+            "training",
+            "distribution",
+            "tuning",
+            "export",
+            "serving",
+            "performance",
+            "analysis",
+            "checkpoints",
+        )
     ),
 ]
 PAGES += ["CHANGELOG.md"]
