@@ -246,6 +246,7 @@ def test_keras_still_has_what_is_kept_of_its_callbacks(tmp_path):
     arguments = {
         keras.callbacks.ModelCheckpoint: (tmp_path / "a.keras",),
         keras.callbacks.CSVLogger: (tmp_path / "a.csv",),
+        keras.callbacks.TensorBoard: (tmp_path,),
         keras.callbacks.TensorBoard: (tmp_path / "logs",),
         keras.callbacks.LearningRateScheduler: (abs,),
         callbacks.FiringRate: (np.ones((1, 2)),),
