@@ -30,15 +30,19 @@ KINDS = (
 )
 # Of the square matrices that tell the machine's rate: far larger than its caches, and still less than a second.
 CEILING_SIZE = 2048
+# What XLA's runs are called, of which a training step without `jit_compile` has none but the neurons'.
+XLA_RUN = "CpuExecutable::ExecuteAsyncOnStream"
 
 
 def kind_of(event: str, neurons: set[str]) -> str | None:
     """What an operation is for, of `KINDS`; `None` for an event that is none.
 
     Args:
-        event: The profiler's name of it, PATH:OPERATION.
+        event: The profiler's name of it, PATH:OPERATION, or `XLA_RUN`.
         neurons: Names of the neuron layers.
     """
+    if event == XLA_RUN:
+        return "neurons"
     path, colon, operation = event.rpartition(":")
     if not colon or "/" not in path:
         return None
@@ -63,7 +67,7 @@ def seconds_by_kind(folder: Path, neurons: set[str]) -> dict[str, float]:
         neurons: Names of the neuron layers.
 
     Raises:
-        RuntimeError: if there is no profile, or it holds no operation.
+        RuntimeError: if there is no profile, or it holds no operation of neurons.
     """
     from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
@@ -79,8 +83,8 @@ def seconds_by_kind(folder: Path, neurons: set[str]) -> dict[str, float]:
                 kind = kind_of(plane.event_metadata[event.metadata_id].name, neurons)
                 if kind is not None:
                     spent[kind] += event.duration_ps / 1e12
-    if not spent:
-        raise RuntimeError("TensorFlow's profiler was to record operations. It recorded none.")
+    if not spent["neurons"]:
+        raise RuntimeError("TensorFlow's profiler was to record operations, neurons among them. It recorded none.")
     return {kind: spent[kind] for kind in KINDS}
 
 

@@ -184,12 +184,12 @@ _KERAS_STEPS = {"one_step_on_data", "one_step_on_data_distributed", "multi_step_
 
 
 def in_keras_step() -> bool:
-    """Whether this is being traced for `fit`, `evaluate` or `predict`, and so will run in this process, with XLA.
+    """Whether this is being traced for `fit`, `evaluate` or `predict`, and so will run in this process, and with XLA.
 
-    Keras says so by the names of its functions only. Were they to change, the answer would be no, which is slower. On
-    Apple's GPUs there is no XLA.
+    Keras says so by the names of its functions only. Were they to change, the answer would be no, which is slower. Some
+    builds of TensorFlow have no XLA, and none has it for Apple's GPUs.
     """
-    if platform.system() == "Darwin" and tf.config.list_physical_devices("GPU"):
+    if not tf.test.is_built_with_xla() or (platform.system() == "Darwin" and tf.config.list_physical_devices("GPU")):
         return False
     graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
     while graph is not None:

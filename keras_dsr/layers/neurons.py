@@ -73,9 +73,9 @@ class SpikingNeuron(StreamLayer):
 
     takes_tensors = True
 
-    # Whether XLA compiles the simulation alone, on TensorFlow. `None`: in `fit`, `evaluate` and `predict`, where it
-    # saves time and memory; elsewhere, as in what is exported, there may be no XLA. It is of where a model runs, and
-    # no part of its config.
+    # Whether XLA compiles the simulation alone, on TensorFlow. `None`: with loop="while" in `fit`, `evaluate` and
+    # `predict`, where it saves time and memory; elsewhere, as in what is exported, there may be no XLA. It is of where
+    # a model runs, and no part of its config.
     jit_compile: bool | None = None
 
     coding: Coding

@@ -350,14 +350,14 @@ def test_filled_up_batches_weigh_what_their_examples_do():
 
 @TENSORFLOW_ONLY
 def test_normalization_and_spikes_are_told_of_the_strategy():
-    for synchronized, jit_compile in ((True, True), (False, False)):
+    for synchronized, jit_compile, told in ((True, True, True), (False, False, False), (True, "auto", None)):
         devices = training.strategy("mirrored", synchronized=synchronized, jit_compile=jit_compile)
         model = devices.prepare(recipes.get("digits").build(10, (8, 8, 1)))
         norms = [layer for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)]
         neurons = helpers.neuron_layers(model)
         assert {type(norm) for norm in norms} == {keras.layers.BatchNormalization, layers.BatchNormalization}
         assert {norm.synchronized for norm in norms} == {synchronized}
-        assert {neuron.jit_compile for neuron in neurons} == {jit_compile}
+        assert {neuron.jit_compile for neuron in neurons} == {told}
         assert devices.jit_compile(True) is False
 
 

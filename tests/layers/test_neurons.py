@@ -876,6 +876,9 @@ def test_neurons_are_compiled_alone_in_the_steps_of_keras_only(tmp_path, monkeyp
         assert of(lambda: made().predict(x, verbose=0)) == {True}
         on_a_mac.setattr(tf.config, "list_physical_devices", lambda kind=None: ["one"])
         assert of(lambda: made().predict(x, verbose=0)) == {False}
+    with monkeypatch.context() as without_xla:
+        without_xla.setattr(tf.test, "is_built_with_xla", lambda: False)
+        assert of(lambda: made().predict(x, verbose=0)) == {False}
 
     plain = made(alone=False)
     for each in (model, plain):
