@@ -397,7 +397,10 @@ def plot(rows: list[dict], path: Path, host: dict) -> None:
                 else:
                     row = min((r for r in own if r["variant"] == variant), key=lambda r: r["batch"])
                     axes.axhline(row[name], linestyle="--", linewidth=1, **style)
-            axes.set_ylim(bottom=0)
+            numbers = sorted({row["timesteps"] for row in own if row["timesteps"]})
+            axes.set_xlim(0, 1.1 * max(numbers))
+            axes.set_xticks(numbers)
+            axes.set_ylim(0, 1.1 * max(row[name] for row in own))
             plots.panel(axes, f"{TITLES.get(network, network)}, {titles[mode]}", "time steps N", units[name])
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
                 shown.setdefault(label, handle)
