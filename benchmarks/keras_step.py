@@ -81,11 +81,14 @@ def training_call(task: dict, jit: bool) -> tuple[Callable[[], object], object]:
     import keras
     import numpy as np
 
+    from keras_dsr.optimizers import SGD
+
     model = network(task["network"], task.get("kind", "dsr"), task["timesteps"], tuple(task["shape"]))
     x = np.random.default_rng(0).random((task["batch"], *model.input_shape[1:]), dtype="float32")
     y = np.arange(task["batch"]) % CLASSES
+    ours = task.get("kind", "dsr") == "dsr"
     model.compile(
-        keras.optimizers.SGD(0.01, momentum=0.9),
+        SGD(0.01, 0.9, coupled_weight_decay=0.0) if ours else keras.optimizers.SGD(0.01, momentum=0.9),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         jit_compile=jit,
     )

@@ -8,6 +8,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_dsr import backend
+
 
 @keras.saving.register_keras_serializable(package="keras_dsr")
 class SGD(keras.optimizers.SGD):
@@ -55,6 +57,10 @@ class SGD(keras.optimizers.SGD):
         if self.coupled_weight_decay:
             decay = ops.multiply(variable, ops.cast(self.coupled_weight_decay, variable.dtype))
             gradient = ops.add(ops.cast(gradient, variable.dtype), decay)
+        if self.momentum:
+            velocity = self.momentums[self._get_variable_index(variable)]
+            if backend.descend(variable, velocity, gradient, learning_rate, self.momentum, self.nesterov):
+                return
         super().update_step(gradient, variable, learning_rate)
 
     def get_config(self) -> dict[str, Any]:

@@ -60,6 +60,28 @@ def test_steps_are_pytorchs(momentum, nesterov, decay):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.tensorflow_only
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_one_pass_takes_the_step_that_keras_takes(nesterov, dtype, monkeypatch):
+    weights, gradients = random(4)
+    weights = [w.astype(dtype) for w in weights]
+    taken = []
+    descend = keras_dsr.backend.descend
+
+    def spy(*arguments):
+        taken.append(descend(*arguments))
+        return taken[-1]
+
+    monkeypatch.setattr(keras_dsr.backend, "descend", spy)
+    received = apply(SGD(0.1, 0.9, nesterov, 0.0), weights, gradients)
+    assert taken == [True] * len(SHAPES) * len(gradients)
+    expected = apply(keras.optimizers.SGD(0.1, 0.9, nesterov), weights, gradients)
+    close = {"float32": 1e-6, "bfloat16": 0.03}[dtype]  # what is rounded once there is rounded twice here
+    for one, other in zip(received, expected, strict=True):
+        np.testing.assert_allclose(one.astype("float32"), other.astype("float32"), rtol=close, atol=close)
+
+
 def test_a_schedule_sets_the_rate_of_each_step():
     weights, gradients = random(1)
     schedule = keras.optimizers.schedules.PiecewiseConstantDecay([0, 1, 2, 3, 4], list(RATES))

@@ -5,6 +5,7 @@
 - `step(current, potential, ...)`: one time step of it, whose state goes in and out.
 - `batch_norm(values, ...)`: batch normalization of the simulation, which no gradient enters.
 - `check_finite(value, message)`: an error from within a compiled step, where the backend has such.
+- `descend(variable, velocity, ...)`: a step of SGD in one pass over memory, where the backend has such.
 - `register_structure(cls)`: lets the backend look into objects of two tensors.
 - `specs(function, shape, dtype)`: shapes and dtypes of what a function gives, which is not computed.
 - `in_keras_step()`: whether Keras' `fit`, `evaluate` or `predict` is being traced, where the backend asks for that.
@@ -21,6 +22,7 @@ if keras.backend.backend() == "tensorflow":
         batch_norm,
         carry,
         check_finite,
+        descend,
         draw,
         in_keras_step,
         register_structure,
@@ -34,6 +36,7 @@ elif keras.backend.backend() == "jax":
         batch_norm,
         carry,
         check_finite,
+        descend,
         draw,
         in_keras_step,
         register_structure,
@@ -52,6 +55,7 @@ __all__ = [
     "batch_norm",
     "carry",
     "check_finite",
+    "descend",
     "draw",
     "in_keras_step",
     "register_structure",

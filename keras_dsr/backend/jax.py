@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import keras
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -160,6 +161,18 @@ def specs(
 def draw(sample: Callable[[jax.Array], jax.Array], like: jax.Array) -> jax.Array:
     """Random numbers for a batch: see `keras_dsr.backend.tensorflow.draw`. A step sees the whole batch here."""
     return sample(like)
+
+
+def descend(
+    variable: jax.Array,
+    velocity: keras.Variable,
+    gradient: jax.Array,
+    learning_rate: jax.Array,
+    momentum: float,
+    nesterov: bool,
+) -> bool:
+    """See `keras_dsr.backend.tensorflow.descend`: never, as XLA makes one pass of Keras' own step."""
+    return False
 
 
 def to_numpy(value: jax.Array) -> np.ndarray:

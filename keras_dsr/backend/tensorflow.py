@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable
 
+import keras
 import numpy as np
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.python import xla
@@ -315,6 +316,43 @@ def draw(sample: Callable[[tf.Tensor], tf.Tensor], like: tf.Tensor) -> tf.Tensor
     size, place = tf.shape(like)[0], tf.cast(context.replica_id_in_sync_group, tf.int32)
     drawn = sample(tf.concat([like] * context.num_replicas_in_sync, axis=0))
     return tf.ensure_shape(drawn[place * size : (place + 1) * size], like.shape)
+
+
+def descend(
+    variable: tf.Variable,
+    velocity: keras.Variable,
+    gradient: tf.Tensor,
+    learning_rate: tf.Tensor,
+    momentum: float,
+    nesterov: bool,
+) -> bool:
+    """Takes a step of `keras.optimizers.SGD` with momentum in one pass over memory, if that can be.
+
+    m <- momentum m - learning_rate g; w <- w + m, or with Nesterov's momentum w <- w + momentum m - learning_rate g.
+
+    Args:
+        variable: w.
+        velocity: m, of the same shape and dtype.
+        gradient: g, of the same shape.
+        learning_rate: A scalar.
+        momentum: What a velocity keeps of itself.
+        nesterov: Whether the momentum is Nesterov's.
+
+    Returns:
+        Whether the step was taken: not under a strategy, whose variables are of several devices, and not with a
+        gradient of some rows alone.
+    """
+    if tf.distribute.has_strategy() or not isinstance(gradient, tf.Tensor):
+        return False
+    tf.raw_ops.ResourceApplyKerasMomentum(
+        var=variable.handle,
+        accum=velocity.value.handle,
+        lr=tf.cast(learning_rate, variable.dtype),
+        grad=tf.cast(gradient, variable.dtype),
+        momentum=tf.cast(momentum, variable.dtype),
+        use_nesterov=nesterov,
+    )
+    return True
 
 
 def to_numpy(value: tf.Variable | tf.Tensor) -> np.ndarray:
