@@ -6,7 +6,9 @@
 TensorFlow: one device, 2 mirrored CPU devices, 2 worker processes. JAX: one device, 2 CPU devices, 2 processes, both
 also with the widest kernels shared. Each has the same seed, and the same global batches in the same order. What differs
 is the order in which sums are rounded. Now and then that is enough for a neuron that is a rounding away from its
-threshold to fire in one of them and not in another; from there on weights part.
+threshold to fire in one of them and not in another; from there on weights part, the faster the higher the learning
+rate. It is 0.001 here for CIFAR-10; `--set learning_rate=0.1` shows how an unstable training parts. How far weights
+come from where they began stands beside the differences.
 
 Steps are timed in the same processes. 2 devices of one machine have no more cores than one, so what they take longer is
 what spreading costs.
@@ -46,6 +48,7 @@ FULL = {
     "timesteps": "4",
     "threshold": "1",
     "batch_size": "32",
+    "learning_rate": "0.001",
     "train_examples": "640",
     "selection": "last",
 }
@@ -81,9 +84,15 @@ def train(task: dict[str, Any]) -> None:
     every = task.get("every", task["steps"])
 
     class Keeper(keras.callbacks.Callback):
+        def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+            self.keep(0)
+
         def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+            self.keep((epoch + 1) * every)
+
+        def keep(self, steps: int) -> None:
             paths = [weight.path for weight in self.model.weights]
-            path = Path(task["folder"]) / f"weights_{(epoch + 1) * every}.npz"
+            path = Path(task["folder"]) / f"weights_{steps}.npz"
             checkpoints.save(path, self.model, {"paths": paths}, write=devices.is_chief)
 
     class Clock(keras.callbacks.Callback):
@@ -145,6 +154,7 @@ def differences(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dic
 
     return {
         "weights": max(worst.values()),
+        "trained": max(value for name, value in worst.items() if not name.endswith(("moving_mean", "moving_variance"))),
         "thresholds": of("threshold"),
         "statistics": of("moving_mean", "moving_variance"),
     }
@@ -190,24 +200,36 @@ def main() -> None:
             seconds = statistics.median(json.loads((folder / "seconds.json").read_text()))
             if name == "one device":
                 alone = seconds
-            row = {"engine": engine, "case": name, **differences(reference, weights(folder, options.steps))}
-            rows.append({**row, "step_s": seconds, "of_one_device": seconds / alone})
+            after = weights(folder, options.steps)
+            row = {"engine": engine, "case": name, **differences(reference, after)}
+            came = differences(weights(folder, 0), after)["trained"]
+            rows.append({**row, "came": came, "step_s": seconds, "of_one_device": seconds / alone})
             print(rows[-1], flush=True)
     host = machine()
     recipe = recipes.get("cifar10-if").with_settings(settings)
     table = [
         f"{recipe.network}{recipe.depth if recipe.network != 'small_cnn' else ''} on {recipe.data}, IF, "
-        f"N = {recipe.timesteps}, global batch {recipe.batch_size}: largest difference from one device "
-        f"after {options.steps} steps. {host['cores']} cores of {host['processor']}, {host['date']}: "
+        f"N = {recipe.timesteps}, global batch {recipe.batch_size}, learning rate {recipe.learning_rate:g}: largest "
+        f"difference from one device after {options.steps} steps, and the farthest that a trained weight came in them. "
+        f"{host['cores']} cores of {host['processor']}, {host['date']}: "
         f"`{host['command']}`.",
         "",
         *markdown(
-            ["", "", "all weights", "thresholds", "moving statistics", "step s (median)", "of one device"],
+            [
+                "",
+                "",
+                "all weights",
+                "thresholds",
+                "moving statistics",
+                "a trained weight came",
+                "step s (median)",
+                "of one device",
+            ],
             [
                 (
                     row["engine"],
                     row["case"],
-                    *(f"{row[what]:.1e}" for what in ("weights", "thresholds", "statistics")),
+                    *(f"{row[what]:.1e}" for what in ("weights", "thresholds", "statistics", "came")),
                     f"{row['step_s']:.3f}",
                     f"{row['of_one_device']:.2f}",
                 )

@@ -1,12 +1,14 @@
 """A search for threshold, alpha and number of time steps on the digits, in which a worker is killed on the way.
 
     python benchmarks/search.py                    # 20 trials of 10 epochs, 2 workers, on 2 cores
+    python benchmarks/search.py --set timesteps=3 --space threshold=0.5:8:log --space alpha=0.1:0.9 --name search_n3
 
 When a third of the trials are done, one worker gets SIGKILL in the midst of a trial; nothing may be lost. The best
 trial, chosen on the validation part, is compared with the paper's defaults (V_th = 6, alpha = 0.5, N as in the recipe),
 trained for as many epochs: on the validation part with the seed of the search, and on the test part, at which the
 search did not look, for several seeds that it did not train with. Verdicts say whether the search took at most 10
 minutes, whether its best network has at least the defaults' mean test accuracy, and whether its alpha is near 0.5.
+The fewer the time steps, the more alpha decides: the second line searches for threshold and alpha at N = 3.
 """
 
 from __future__ import annotations
@@ -105,6 +107,7 @@ def main() -> None:
     parser.add_argument("--tuner", default="bayesian")
     parser.add_argument("--space", action="append", metavar="NAME=LOW:HIGH[:log]", help="as in keras-dsr tune")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="as in keras-dsr tune")
+    parser.add_argument("--name", default="search", help="name of the files in benchmarks/results")
     parser.add_argument("--folder", type=Path, help="where the search is kept (default: nowhere)")
     parser.add_argument("--cores", type=int, default=2, help="cores that all processes together use (default: 2)")
     options = parser.parse_args()
@@ -112,7 +115,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as temporary:
         results, table = search(options, options.folder or Path(temporary) / "search", Path(temporary))
-    write("search", results, table)
+    write(options.name, results, table)
     print(table)
 
 
@@ -150,7 +153,7 @@ def search(options: argparse.Namespace, folder: Path, scratch: Path) -> tuple[di
         "the paper's defaults": test_accuracies(paper, scratch / "defaults", options.seeds),
     }
     results.draw(
-        measure.RESULTS / "search.png", wanted, trials, ("the paper's defaults", reference.validation_accuracy)
+        measure.RESULTS / f"{options.name}.png", wanted, trials, ("the paper's defaults", reference.validation_accuracy)
     )
     host = machine(options.cores)
     finished = [trial for trial in trials if trial.state == "finished"]
@@ -190,7 +193,7 @@ def search(options: argparse.Namespace, folder: Path, scratch: Path) -> tuple[di
     text += ["", f"alpha of the five best trials: {alphas}.", ""]
     text += [
         results.table(wanted, trials, "The search"),
-        "![Accuracy over settings, firing rate and time steps](search.png)",
+        f"![Accuracy over settings, firing rate and time steps]({options.name}.png)",
         "",
     ]
     fields = {
