@@ -787,7 +787,9 @@ def test_a_search_is_compared_with_the_papers_defaults(accuracies, lost, benchma
     monkeypatch.setattr(tuning, "tune", searched(tmp_path, accuracies))
     monkeypatch.setattr(training, "fit", lambda *arguments, **named: training.Fitted(0.91, 3, {}, {}, 1.0))
     monkeypatch.setattr(training, "train", train)
-    options = argparse.Namespace(trials=4, workers=2, epochs="3", seeds=2, tuner="random", space=None, set=[], cores=2)
+    options = argparse.Namespace(
+        trials=4, workers=2, epochs="3", seeds=2, tuner="random", space=None, set=[], cores=2, name="found"
+    )
     if lost:
         with pytest.raises(SystemExit, match="something was lost: 2 trials"):
             module.search(options, tmp_path / "search", tmp_path)
@@ -802,7 +804,7 @@ def test_a_search_is_compared_with_the_papers_defaults(accuracies, lost, benchma
     assert "alpha of the five best trials: 0.40, 0.60, 0.30." in table
     assert "The best is the maximum of 3 accuracies on the same 144 validation examples, and too high" in table
     assert "| mean test accuracy behind the defaults', in points | at most 0 | -10.00 | met |" in table
-    assert (tmp_path / "search.png").is_file()
+    assert (tmp_path / "found.png").is_file()
     assert json.loads(json.dumps(fields))["killed"] == {"trial": 1, "epochs": 2}
 
 
