@@ -164,6 +164,7 @@ class Checkpoint(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self._started = False
+        self._skipping = None  # of a fit that an error ended
         self._history: dict[str, list[Any]] = {}
         self._epochs: list[int] = []
         if not self.model.built:
@@ -210,6 +211,7 @@ class Checkpoint(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         if self._skipping is not None:
             if batch < self.initial_batch:
+                self._skipping.instead_of_a_step()
                 return
             self._end_skipping()
         self._tell("on_train_batch_begin", batch, logs)
@@ -269,7 +271,7 @@ class Checkpoint(keras.callbacks.Callback):
         history.epoch = list(self._epochs)
 
     def _end_skipping(self) -> None:
-        done, self._skipping = self._skipping.end(), None
+        done, self._skipping = self._skipping.done, None
         self._done = done
         if done != self.initial_batch:
             raise ValueError(
@@ -334,23 +336,30 @@ class Checkpoint(keras.callbacks.Callback):
 class _Skipping:
     """Has the steps of a `fit` do nothing but read their batches.
 
-    It stands in for `model.train_function`, which `fit` asks for at each step.
+    It stands in for `model.train_function`, which `fit` asks for at each step, and for one step each time: an error on
+    the way leaves the model as it was.
 
     Args:
         model: A model that is about to train.
         metrics: What the variables of its metrics get.
+
+    Attributes:
+        done: How many batches were read.
     """
 
     def __init__(self, model: keras.Model, metrics: list[np.ndarray]) -> None:
         self._model = model
         self._metrics = metrics
-        self._done = 0
+        self.done = 0
         self._own = model.train_function
         self._logs: dict[str, Any] | None = None
         # On TensorFlow they are made with the first step, on JAX they are away while steps run.
         if len(model.metrics_variables) == len(metrics):
             self._set_metrics()
-        model.train_function = self._step
+
+    def instead_of_a_step(self) -> None:
+        """Has the step that comes next be left out."""
+        self._model.train_function = self._step
 
     def _set_metrics(self) -> None:
         for variable, value in zip(self._model.metrics_variables, self._metrics, strict=True):
@@ -358,19 +367,15 @@ class _Skipping:
         self._logs = self._model.get_metrics_result()
 
     def _step(self, *arguments: Any) -> Any:
+        self._model.train_function = self._own
         *state, iterator = arguments  # on JAX the state comes first, and goes back beside the logs
         for _ in range(self._model.steps_per_execution):
             batch = next(iterator)
-            self._done += 1
+            self.done += 1
         if self._logs is None:
             self._model._symbolic_build(data_batch=batch)
             self._set_metrics()
         return (self._logs, *state) if state else self._logs
-
-    def end(self) -> int:
-        """Gives the model its steps back; how many batches were read."""
-        self._model.train_function = self._own
-        return self._done
 
 
 class FiringRate(keras.callbacks.Callback):

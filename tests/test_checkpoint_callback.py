@@ -183,6 +183,26 @@ def test_several_steps_at_once(tmp_path):
     same(values(other), values(model))
 
 
+def test_an_error_as_batches_are_left_out_leaves_the_model_to_train(tmp_path):
+    class Broken(Batches):
+        def __getitem__(self, number):
+            if number == 5:
+                raise OSError("The disk is away")
+            return super().__getitem__(number)
+
+    expected, _ = fit(tmp_path / "unbroken", feed=by_number, epochs=2)
+    with pytest.raises(Killed):
+        fit(tmp_path / "broken", KillAt(1, 9), feed=by_number, epochs=2)
+    model, checkpoint = compiled(network()), Checkpoint(tmp_path / "broken", every=4)
+    assert (checkpoint.initial_epoch, checkpoint.initial_batch) == (1, 8)
+    arguments = {"epochs": 2, "initial_epoch": 1, "callbacks": [checkpoint], "verbose": 0}
+    x, y, *_ = data()
+    with pytest.raises(Exception, match="The disk is away"):
+        model.fit(Broken(x, y), shuffle=False, **arguments)
+    model.fit(**by_number(checkpoint), **arguments)
+    same(values(model), values(expected))
+
+
 def test_weights_that_a_callback_swaps_are_swapped_back(tmp_path):
     def run(name, *beside):
         swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
