@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -261,7 +262,8 @@ class Checkpoint(keras.callbacks.Callback):
             getattr(callback, event)(*arguments)
 
     def _set_states(self) -> None:
-        for callback, (_, state) in zip(self.callbacks, self._progress["callbacks"], strict=True):
+        # Of their own, as callbacks may change what they get.
+        for callback, (_, state) in zip(self.callbacks, copy.deepcopy(self._progress["callbacks"]), strict=True):
             _set_state(callback, state)
 
     def _give_history(self) -> None:
@@ -281,7 +283,7 @@ class Checkpoint(keras.callbacks.Callback):
             )
 
     def _write(self, epoch: int, batch: int, metrics: list[np.ndarray] | None) -> None:
-        self._progress = {
+        progress = {
             "epoch": epoch,
             "batch": batch,
             "stopped": bool(self.model.stop_training),
@@ -295,7 +297,9 @@ class Checkpoint(keras.callbacks.Callback):
             "environment": _environment(),
             "devices": self.devices.facts(),
         }
-        checkpoints.save(self.path, self.model, self._progress, self.devices.is_chief, self.previous)
+        checkpoints.save(self.path, self.model, progress, self.devices.is_chief, self.previous)
+        # What the file has, though the training goes on.
+        self._progress = copy.deepcopy(progress)
         self._read_from = self.path
 
     def _read(self) -> dict[str, Any]:

@@ -293,7 +293,7 @@ def begun(tmp_path_factory):
     folder = tmp_path_factory.mktemp("begun")
     keras.utils.set_random_seed(0)
     with pytest.raises(Killed):
-        fit(folder, KillAt(1, 9), of=[ThresholdHistory()])
+        fit(folder, KillAt(1, 9), of=[ThresholdHistory(every=1)])
     return {name: (folder / name).read_bytes() for name in ("checkpoint.npz", "previous.npz")}
 
 
@@ -323,7 +323,15 @@ def test_a_damaged_file_is_an_error_that_names_the_one_before(part, folder):
 
 
 def test_a_write_that_fails_leaves_what_there_was(folder, monkeypatch):
+    """And the same callback goes on from there, once there is space."""
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    history = ThresholdHistory(every=1)
+    model, checkpoint = compiled(network()), Checkpoint(folder, every=4, callbacks=[history])
+
+    def go_on():
+        epoch = checkpoint.initial_epoch
+        fed = {**arrays(checkpoint), "epochs": EPOCHS, "initial_epoch": epoch, "callbacks": [checkpoint]}
+        return model.fit(**fed, verbose=0)
 
     def full(file, **arrays):
         file.write(b"the beginning")
@@ -331,8 +339,16 @@ def test_a_write_that_fails_leaves_what_there_was(folder, monkeypatch):
 
     monkeypatch.setattr(checkpoints.np, "savez", full)
     with pytest.raises(OSError, match="No space left"):
-        fit(folder, of=[ThresholdHistory()])
+        go_on()
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert (checkpoint.initial_epoch, checkpoint.initial_batch) == (1, 8)
+    monkeypatch.undo()
+    told = go_on()
+    unbroken = ThresholdHistory(every=1)
+    expected, history_of_all = fit(folder / "unbroken", of=[unbroken])
+    same(values(model), values(expected))
+    assert told.history == history_of_all.history
+    assert history.history == unbroken.history
 
 
 def test_a_kill_between_two_renames_leaves_the_one_before(folder, monkeypatch):
