@@ -223,7 +223,8 @@ class Checkpoint(keras.callbacks.Callback):
         self._tell("on_train_batch_end", batch, logs)
         self._since += batch + 1 - self._done
         self._done = batch + 1
-        if self.every == "epoch" or self._since < self.every or self._done == self.params.get("steps"):
+        # With steps_per_execution, Keras counts the last ones up to its multiple.
+        if self.every == "epoch" or self._since < self.every or self._done >= (self.params.get("steps") or math.inf):
             return
         self._since = 0
         model = self.model  # on JAX, Keras gives it the weights of now as it is asked for, which takes time
@@ -273,9 +274,12 @@ class Checkpoint(keras.callbacks.Callback):
         history.epoch = list(self._epochs)
 
     def _end_skipping(self) -> None:
-        done, self._skipping = self._skipping.done, None
-        self._done = done
-        if done != self.initial_batch:
+        skipped, self._skipping = self._skipping, None
+        self._done = done = skipped.done
+        # Of data whose length is not known, steps_per_execution may have counted more than its end had.
+        missing = self.initial_batch - done
+        at_end = skipped.ended and self.params.get("steps") is None and missing < self.model.steps_per_execution
+        if missing and not at_end:
             raise ValueError(
                 f"{self._read_from} is {self.initial_batch} batches into epoch {self._epoch}, and {done} could be left "
                 "out: the data ended, or steps_per_execution does not divide them. Give fit the same data and compile "
@@ -349,12 +353,13 @@ class _Skipping:
 
     Attributes:
         done: How many batches were read.
+        ended: Whether the last step had fewer than it should have.
     """
 
     def __init__(self, model: keras.Model, metrics: list[np.ndarray]) -> None:
         self._model = model
         self._metrics = metrics
-        self.done = 0
+        self.done, self.ended = 0, False
         self._own = model.train_function
         self._logs: dict[str, Any] | None = None
         # On TensorFlow they are made with the first step, on JAX they are away while steps run.
@@ -373,8 +378,14 @@ class _Skipping:
     def _step(self, *arguments: Any) -> Any:
         self._model.train_function = self._own
         *state, iterator = arguments  # on JAX the state comes first, and goes back beside the logs
-        for _ in range(self._model.steps_per_execution):
-            batch = next(iterator)
+        batch = next(iterator)
+        self.done += 1
+        for _ in range(self._model.steps_per_execution - 1):
+            following = next(iterator, None)
+            if following is None:
+                self.ended = True
+                break
+            batch = following
             self.done += 1
         if self._logs is None:
             self._model._symbolic_build(data_batch=batch)

@@ -183,6 +183,25 @@ def test_several_steps_at_once(tmp_path):
     same(values(other), values(model))
 
 
+def unknown_length(checkpoint):
+    """As `shuffled`, of which Keras does not know how many batches an epoch has."""
+    fed = shuffled(checkpoint)
+    return {**fed, "x": fed["x"].filter(lambda *_: True)}
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+@pytest.mark.parametrize(("feed", "batch"), [(arrays, 10), (unknown_length, 15)], ids=["arrays", "unknown_length"])
+def test_several_steps_at_once_that_do_not_divide_an_epoch(feed, batch, tmp_path):
+    """12 batches in steps of 5, killed after the last, which Keras counts up to 15."""
+    model, _ = fit(tmp_path / "unbroken", every=5, epochs=2, steps=5, feed=feed)
+    with pytest.raises(Killed):
+        fit(tmp_path / "broken", KillAt(0, 14), every=5, epochs=2, steps=5, feed=feed)
+    checkpoint = Checkpoint(tmp_path / "broken")
+    assert (checkpoint.initial_epoch, checkpoint.initial_batch) == (0, batch)
+    other, _ = fit(tmp_path / "broken", every=5, epochs=2, steps=5, feed=feed)
+    same(values(other), values(model))
+
+
 def test_an_error_as_batches_are_left_out_leaves_the_model_to_train(tmp_path):
     class Broken(Batches):
         def __getitem__(self, number):
