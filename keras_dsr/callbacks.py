@@ -76,8 +76,9 @@ class Checkpoint(keras.callbacks.Callback):
     gone on from by reading its batches up to there once more and leaving them out; callbacks that `fit` has beside this
     one see these steps. What does so: arrays with `shuffle=False`; a `tf.data.Dataset` whose every pass gives the same
     batches; a `keras.utils.PyDataset` that does, with `shuffle=False` and (on JAX) one worker; and where order and
-    augmentation change from epoch to epoch, `keras_dsr.data.DataSet.training_batches(...,
-    first_epoch=checkpoint.initial_epoch)`. What does not: `shuffle=True`, which is the default of `fit` for arrays and
+    augmentation change from epoch to epoch, `keras_dsr.data.DataSet.training_batches(..., epochs=epochs,
+    first_epoch=min(checkpoint.initial_epoch, epochs - 1))`, which has batches for Keras to look at when all epochs are
+    done, too. What does not: `shuffle=True`, which is the default of `fit` for arrays and
     `PyDataset`; `tf.data` that is shuffled anew each pass; generators that do not begin again. `fit` does not tell its
     callbacks which of them it has, so this is the caller's to see to; a number of batches that differs is an error.
 

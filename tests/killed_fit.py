@@ -33,7 +33,9 @@ def arrays(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"x": x, "y": y, "batch_size": BATCH, "shuffle": False, "validation_data": tuple(validation)}
 
 
-def dataset(checkpoint: Checkpoint, devices: distribution.Strategy | None = None) -> dict[str, Any]:
+def dataset(
+    checkpoint: Checkpoint, devices: distribution.Strategy | None = None, epochs: int = EPOCHS
+) -> dict[str, Any]:
     """Arguments of `fit`: order and augmentation change from epoch to epoch."""
     devices = devices or distribution.Strategy()
     x, y, *validation = data()
@@ -43,8 +45,8 @@ def dataset(checkpoint: Checkpoint, devices: distribution.Strategy | None = None
         BATCH,
         seed=5,
         augmentation=Augmentation(("crop",), padding=1),
-        epochs=EPOCHS,
-        first_epoch=checkpoint.initial_epoch,
+        epochs=epochs,
+        first_epoch=min(checkpoint.initial_epoch, epochs - 1),
     )
     looks, steps = devices.evaluation_batches(whole.batches(whole.validation, BATCH), len(whole.validation), BATCH)
     return {

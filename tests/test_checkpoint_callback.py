@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import signal
 import subprocess
@@ -235,25 +236,28 @@ def test_weights_that_a_callback_swaps_are_swapped_back(tmp_path):
     same(values(other), values(model))
 
 
-def test_a_fit_that_came_to_its_end_is_not_gone_on_with(tmp_path):
+@pytest.mark.parametrize("feed", [arrays, dataset])
+def test_a_fit_that_came_to_its_end_is_not_gone_on_with(feed, tmp_path):
     first = Counter()
-    model, history = fit(tmp_path, of=[first])
-    again, last = fit(tmp_path, of=[second := Counter()])
+    model, history = fit(tmp_path, of=[first], feed=feed)
+    again, last = fit(tmp_path, of=[second := Counter()], feed=feed)
     same(values(again), values(model))
     assert last.history == history.history
     assert len(second.state["batches"]) == EPOCHS * STEPS
-    longer, _ = fit(tmp_path, of=[third := Counter()], epochs=EPOCHS + 1)
+    more = arrays if feed is arrays else functools.partial(dataset, epochs=EPOCHS + 1)
+    longer, _ = fit(tmp_path, of=[third := Counter()], feed=more, epochs=EPOCHS + 1)
     assert len(third.state["batches"]) == (EPOCHS + 1) * STEPS
     assert int(longer.optimizer.iterations.value) == (EPOCHS + 1) * STEPS
 
 
-def test_a_fit_that_was_stopped_stays_so(tmp_path):
+@pytest.mark.parametrize("feed", [arrays, dataset])
+def test_a_fit_that_was_stopped_stays_so(feed, tmp_path):
     def stop():
         return [keras.callbacks.EarlyStopping("loss", mode="max", patience=1, restore_best_weights=True)]
 
-    model, history = fit(tmp_path, of=stop())
+    model, history = fit(tmp_path, of=stop(), feed=feed)
     assert history.epoch == [0, 1]
-    again, last = fit(tmp_path, of=stop())
+    again, last = fit(tmp_path, of=stop(), feed=feed)
     same(values(again), values(model))
     assert last.epoch == [0, 1]
 
