@@ -79,8 +79,9 @@ class Checkpoint(keras.callbacks.Callback):
     augmentation change from epoch to epoch, `keras_dsr.data.DataSet.training_batches(..., epochs=epochs,
     first_epoch=min(checkpoint.initial_epoch, epochs - 1))`, which has batches for Keras to look at when all epochs are
     done, too. What does not: `shuffle=True`, which is the default of `fit` for arrays and
-    `PyDataset`; `tf.data` that is shuffled anew each pass; generators that do not begin again. `fit` does not tell its
-    callbacks which of them it has, so this is the caller's to see to; a number of batches that differs is an error.
+    `PyDataset`; `tf.data` that is shuffled anew each pass; generators that do not begin again; and any with a
+    `steps_per_epoch` other than one pass (or epoch of `training_batches`), as Keras goes on in the same pass then. `fit` does not tell
+    its callbacks which of them it has, so this is the caller's to see to; a number of batches that differs is an error.
 
     Callbacks: give those whose state must go on as `callbacks`, not to `fit`: they are called as `fit` would call them,
     ahead of the writing. Keras's own are known (EarlyStopping, ReduceLROnPlateau, ModelCheckpoint, SwapEMAWeights,
