@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,12 @@ from keras_dsr.constraints import not_finite
 from keras_dsr.distribution import Strategy
 from keras_dsr.distribution.base import versions
 from keras_dsr.layers.neurons import neurons_of
+from keras_dsr.runs import check_backend, check_devices
 
 # An epoch that no training comes to.
 _BEYOND = 2**31 - 1
+# Characters of a setting that are kept; of what is longer, a digest too.
+_LONG = 100
 
 
 class CheckFinite(keras.callbacks.Callback):
@@ -175,8 +179,8 @@ class Checkpoint(keras.callbacks.Callback):
                 f"A checkpoint is of a model with weights, and {self.model.name!r} has none yet. Give it an Input, or "
                 "call it on a batch, ahead of fit."
             )
-        self._tell("on_train_begin", logs)
         if self._progress is None:
+            self._tell("on_train_begin", logs)
             return
         progress = self._progress
         steps = self.params.get("steps")
@@ -185,8 +189,9 @@ class Checkpoint(keras.callbacks.Callback):
                 f"{self._read_from} is of a training with {progress['steps']} batches an epoch. Received {steps}; give "
                 "fit the same data and batch size, or name another folder."
             )
-        self._compare("model", _layers_of(self.model), progress["layers"], "layers")
-        self._compare("optimizer", _optimizer_of(self.model), progress["optimizer"], "settings")
+        self._check_same("model", _differing_layers(progress["layers"], _layers_of(self.model)))
+        self._check_same("optimizer", _differences(progress["optimizer"], _optimizer_of(self.model)))
+        self._tell("on_train_begin", logs)  # which may make files
         checkpoints.restore(self._read_from, self.model)
         self._set_states()
         self._history = {name: list(values) for name, values in progress["history"].items()}
@@ -199,10 +204,7 @@ class Checkpoint(keras.callbacks.Callback):
             return
         self._started = True
         if epoch != self.initial_epoch:
-            raise ValueError(
-                f"The training goes on with epoch {self.initial_epoch}, and fit begins with epoch {epoch}. Call it "
-                "with initial_epoch=checkpoint.initial_epoch."
-            )
+            raise ValueError(f"{self._next()} Received {epoch}; call fit with initial_epoch=checkpoint.initial_epoch.")
         self._give_history()
         self._tell("on_epoch_begin", epoch, logs)
         if self.initial_batch:
@@ -269,6 +271,14 @@ class Checkpoint(keras.callbacks.Callback):
         for callback, (_, state) in zip(self.callbacks, copy.deepcopy(self._progress["callbacks"]), strict=True):
             _set_state(callback, state)
 
+    def _next(self) -> str:
+        """Which epoch is the next, in words."""
+        if self._progress is None:
+            return f"There is no checkpoint in {self.path.parent}: the training begins with epoch 0."
+        if self._progress["stopped"]:
+            return f"{self._read_from} is of a training that a callback ended: no epoch is left."
+        return f"{self._read_from} is gone on from with epoch {self.initial_epoch}."
+
     def _give_history(self) -> None:
         """Has what `fit` gives back speak of all epochs."""
         history = self.model.history
@@ -300,7 +310,8 @@ class Checkpoint(keras.callbacks.Callback):
             "callbacks": [[type(callback).__name__, _get_state(callback)] for callback in self.callbacks],
             "layers": _layers_of(self.model),
             "optimizer": _optimizer_of(self.model),
-            "environment": _environment(),
+            "backend": keras.backend.backend(),
+            "packages": _packages(),
             "devices": self.devices.facts(),
         }
         checkpoints.save(self.path, self.model, progress, self.devices.is_chief, self.previous)
@@ -319,10 +330,16 @@ class Checkpoint(keras.callbacks.Callback):
                     f"{error} The one before it is {self.previous}: remove {path} to go on from there."
                 ) from error
             raise
-        if "environment" not in progress:
+        if "packages" not in progress:
             raise ValueError(f"{path} is a checkpoint, but keras_dsr.callbacks.Checkpoint did not write it.")
-        self._compare("environment", _environment(), progress["environment"], "packages")
-        self._compare("devices", self.devices.facts(), progress["devices"], "devices")
+        check_backend(path, progress["backend"])
+        differing = _differences(progress["packages"], _packages())
+        if differing:
+            raise ValueError(
+                f"{path} was written with other versions of packages, which may round sums otherwise. Expected "
+                f"{differing}. Install those that it was begun with, or name another folder."
+            )
+        check_devices(path, progress["devices"], self.devices.facts())
         names = [type(callback).__name__ for callback in self.callbacks]
         begun = [name for name, _ in progress["callbacks"]]
         if names != begun:
@@ -332,14 +349,12 @@ class Checkpoint(keras.callbacks.Callback):
             )
         return progress
 
-    def _compare(self, what: str, received: dict[str, Any], expected: dict[str, Any], noun: str) -> None:
-        names = [name for name in {**expected, **received} if received.get(name) != expected.get(name)]
-        if names:
-            pairs = ", ".join(f"{name}: {expected.get(name)!r}, here {received.get(name)!r}" for name in names[:4])
+    def _check_same(self, what: str, differing: str) -> None:
+        if differing:
             raise ValueError(
-                f"{self._read_from} is of another {what}, and goes on to equal weights only with the same {noun}. What "
-                f"differs: {pairs}. Go on as it was begun, or name another folder (keras_dsr.checkpoints.restore gives "
-                "weights and optimizer alone, if they fit)."
+                f"{self._read_from} is of another {what}, and a training goes on to equal weights only with the same. "
+                f"Expected {differing}. Go on with the {what} that it was begun with, or name another folder "
+                "(keras_dsr.checkpoints.restore gives weights and optimizer alone, if they fit)."
             )
 
 
@@ -587,40 +602,65 @@ def _plain(value: Any) -> Any:
     return keras.ops.convert_to_numpy(value) if keras.ops.is_tensor(value) else value
 
 
-def _environment() -> dict[str, str]:
-    """What sums depend on: the Keras backend and versions of packages."""
-    found = {name: version for name, version in versions().items() if name != "python"}
-    return {"backend": keras.backend.backend(), **found}
+def _packages() -> dict[str, str]:
+    """The packages that sums depend on."""
+    return {name: version for name, version in versions().items() if name != "python"}
 
 
-def _layers_of(model: keras.Model) -> dict[str, str]:
-    """What tells a model from another: for each layer its kind and a digest of its settings, names left out."""
-    found = {}
-    for number, layer in enumerate(model._flatten_layers(include_self=False, recursive=True)):
+def _layers_of(model: keras.Model) -> list[dict[str, Any]]:
+    """What tells a model from another: for each layer its kind and settings; and its name, for errors."""
+    found = []
+    for layer in model._flatten_layers(include_self=False, recursive=True):
         settings = {}
         # A model's are its layers'; some of a user's own have none that can be had.
         if not isinstance(layer, keras.Model) and type(layer).get_config is not keras.layers.Layer.get_config:
-            settings = _without_names(layer.get_config())
-        text = json.dumps(settings, sort_keys=True, default=lambda value: type(value).__name__)
-        found[f"layer {number}"] = f"{type(layer).__name__} {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+            settings = _settings(layer.get_config())
+        settings["dtype"] = layer.dtype_policy.name
+        found.append({"kind": type(layer).__name__, "name": layer.name, "settings": settings})
     return found
 
 
-def _optimizer_of(model: keras.Model) -> dict[str, Any]:
+def _optimizer_of(model: keras.Model) -> dict[str, str]:
     """Settings of an optimizer; its learning rate only if it is a schedule, as callbacks may change a number."""
-    settings = _without_names({"optimizer": type(model.optimizer).__name__, **model.optimizer.get_config()})
-    return json.loads(json.dumps(settings, default=lambda value: type(value).__name__))
+    return {"kind": type(model.optimizer).__name__, **_settings(model.optimizer.get_config())}
 
 
-def _without_names(value: Any) -> Any:
-    """A config without names, which Keras numbers by what else the process made, and numbers that may change."""
-    if isinstance(value, dict):
-        return {
-            name: _without_names(each)
-            for name, each in value.items()
-            if name != "name" and not (name == "learning_rate" and not isinstance(each, dict))
-        }
-    return [_without_names(each) for each in value] if isinstance(value, (list, tuple)) else value
+def _settings(config: Any, name: str = "") -> dict[str, str]:
+    """What a config says, as texts by names such as "layer.config.units".
+
+    Left out are: names, which Keras numbers by what else the process made; seeds, which some layers draw if they get
+    none, and whose state is a variable; and a learning rate that is a number.
+    """
+    if isinstance(config, (list, tuple)) and any(isinstance(each, dict) for each in config):
+        config = {str(number): each for number, each in enumerate(config)}
+    if not isinstance(config, dict):
+        text = json.dumps(config, sort_keys=True, default=lambda value: type(value).__name__)
+        if len(text) > _LONG:
+            text = f"{text[:_LONG]}... {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        return {name: text}
+    found: dict[str, str] = {}
+    for key, value in config.items():
+        if key not in ("name", "seed") and (key != "learning_rate" or isinstance(value, dict)):
+            found |= _settings(value, f"{name}.{key}" if name else key)
+    return found
+
+
+def _differences(expected: Mapping[str, Any], received: Mapping[str, Any]) -> str:
+    """Some of what differs, and "" if nothing does."""
+    names = [name for name in {**expected, **received} if received.get(name) != expected.get(name)]
+    return ", ".join(f"{name}={expected.get(name)} and received {received.get(name)}" for name in names[:4])
+
+
+def _differing_layers(expected: list[dict[str, Any]], received: list[dict[str, Any]]) -> str:
+    """The first layer that differs and how, and "" if none does."""
+    for number, (before, now) in enumerate(itertools.zip_longest(expected, received)):
+        if before is None or now is None or before["kind"] != now["kind"]:
+            kinds = [f"{each['kind']} {each['name']!r}" if each else "none" for each in (before, now)]
+            return f"as layer {number} {kinds[0]} and received {kinds[1]}"
+        differing = _differences(before["settings"], now["settings"])
+        if differing:
+            return f"of {now['kind']} {now['name']!r} {differing}"
+    return ""
 
 
 def check_tensorboard() -> None:

@@ -237,12 +237,25 @@ def check_environment(folder: Path, devices: Mapping[str, Any] = _ONE_DEVICE) ->
         write(path, json_text({**environment(), "devices": dict(devices)}))
         return
     before = json.loads(path.read_text(encoding="utf-8"))
-    if before["backend"] != keras.backend.backend():
-        raise ValueError(
-            f"{folder} was begun with the Keras backend {before['backend']!r} and goes on to the same weights only "
-            f"with it. Received {keras.backend.backend()!r}; set KERAS_BACKEND={before['backend']}."
-        )
+    check_backend(folder, before["backend"])
     check_devices(folder, before.get("devices", _ONE_DEVICE), devices)
+
+
+def check_backend(path: Path, begun: str) -> None:
+    """Makes sure that a run goes on with the Keras backend that it was begun with.
+
+    Args:
+        path: The run folder, or the file that says so, for the error.
+        begun: The backend that it was begun with.
+
+    Raises:
+        ValueError: if this is another one.
+    """
+    if begun != keras.backend.backend():
+        raise ValueError(
+            f"{path} was begun with the Keras backend {begun!r} and goes on to the same weights only with it. Received "
+            f"{keras.backend.backend()!r}; set KERAS_BACKEND={begun}."
+        )
 
 
 def check_devices(path: Path, begun: Mapping[str, Any], devices: Mapping[str, Any]) -> None:

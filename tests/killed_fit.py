@@ -58,15 +58,27 @@ def dataset(
     }
 
 
-def network(units: int = 24, rate: float = 0.2, threshold: float = 1.0) -> keras.Model:
-    """A dense network of IF neurons, with an augmentation layer and dropout."""
+def network(
+    units: int = 24, rate: float = 0.2, threshold: float = 1.0, dtype: str | None = None, more: bool = False
+) -> keras.Model:
+    """A dense network of IF neurons, with an augmentation layer and dropout.
+
+    Args:
+        units: Number of neurons.
+        rate: Of dropout.
+        threshold: V_th of all neurons.
+        dtype: Policy of the first dense layer; `None` for the global one.
+        more: Whether there is another layer at the end.
+    """
     keras.utils.set_random_seed(3)
     inputs = keras.Input((8, 8, 1))
     x = keras.layers.RandomFlip("horizontal", seed=1)(inputs)
-    x = keras.layers.Dense(units)(keras.layers.Flatten()(x))
+    x = keras.layers.Dense(units, dtype=dtype)(keras.layers.Flatten()(x))
     x = keras_dsr.layers.IFSpike(threshold=threshold, timesteps=4, name="if_spike")(x)
     x = keras_dsr.layers.Dropout(rate, seed=2)(x)
     outputs = keras_dsr.layers.SpikeRep()(keras_dsr.layers.Synapse(keras.layers.Dense(10))(x))
+    if more:
+        outputs = keras.layers.Activation("linear", name="more")(outputs)
     return keras.Model(inputs, outputs)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from killed_fit import BATCH, EPOCHS, STEPS, arrays, compiled, data, dataset, network
 
-from keras_dsr import callbacks, checkpoints, distribution
+from keras_dsr import callbacks, checkpoints, distribution, runs
 from keras_dsr.callbacks import Checkpoint, ThresholdHistory
 
 SCRIPT = Path(killed_fit.__file__)
@@ -393,20 +394,49 @@ def test_a_kill_between_two_renames_leaves_the_one_before(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"units": 25}, r"is of another model.*same layers.*layer \d+: 'Dense"),
-        ({"threshold": 0.9}, r"is of another model.*layer \d+: 'IFSpike"),
-        ({"rate": 0.3}, r"is of another model.*layer \d+: 'Dropout"),
-        ({"learning_rate": 0.01}, r"is of another optimizer.*learning_rate"),
+        ({"units": 25}, r"is of another model.*Expected of Dense 'dense\w*' units=24 and received 25\. Go on"),
+        ({"threshold": 0.9}, r"is of another model.*Expected of IFSpike 'if_spike' .*=1\.0 and received 0\.9"),
+        ({"rate": 0.3}, r"is of another model.*Expected of Dropout 'dropout\w*' rate=0\.2 and received 0\.3"),
+        ({"more": True}, r"is of another model.*Expected as layer \d+ .* and received Activation 'more'"),
+        (
+            {"dtype": "mixed_bfloat16"},
+            r"is of another model.*Expected of \w+ '.*' dtype=float32 and received mixed_bfloat16",
+        ),
+        ({"learning_rate": 0.01}, r"is of another optimizer.*learning_rate\.class_name=.* and received None"),
         (
             {"learning_rate": keras.optimizers.schedules.CosineDecay(0.02, 60)},
-            r"is of another optimizer.*learning_rate",
+            r"is of another optimizer.*learning_rate\.config\.initial_learning_rate=0\.01 and received 0\.02",
         ),
     ],
-    ids=["shape", "threshold", "dropout", "no_schedule", "schedule"],
+    ids=["shape", "threshold", "dropout", "layer", "precision", "no_schedule", "schedule"],
 )
 def test_another_model_or_optimizer_is_refused_and_left_alone(changes, message, folder):
+    """And its callbacks have not begun, which may make files."""
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(ValueError, match=message):
-        fit(folder, of=[ThresholdHistory()], **changes)
+        fit(folder, of=[history := ThresholdHistory()], **changes)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert not history.history
+
+
+def test_layers_that_draw_their_seeds_go_on_with_those_of_the_file(tmp_path):
+    """Nobody sets a seed here."""
+    seeds = []
+
+    def go_on(folder, *beside):
+        moved, cropped = keras.layers.RandomTranslation(0.1, 0.1), keras.layers.RandomCrop(8, 8)
+        seeds.append(cropped.get_config()["seed"])
+        parts = [keras.Input((8, 8, 1)), moved, cropped, keras.layers.Flatten(), keras.layers.Dense(10)]
+        model, checkpoint = compiled(keras.Sequential(parts)), Checkpoint(folder, every=4)
+        fed = {**arrays(checkpoint), "initial_epoch": checkpoint.initial_epoch, "callbacks": [checkpoint, *beside]}
+        model.fit(**fed, epochs=2, verbose=0)
+        return model
+
+    with pytest.raises(Killed):
+        go_on(tmp_path / "one", KillAt(0, 5))
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    same(values(go_on(tmp_path / "one")), values(go_on(tmp_path / "two")))
+    assert len(set(seeds)) == 3
 
 
 def test_other_data_is_refused(folder):
@@ -428,8 +458,22 @@ def test_other_data_is_refused(folder):
 def test_an_epoch_that_is_not_the_next_is_refused(epoch, folder):
     checkpoint = Checkpoint(folder, callbacks=[ThresholdHistory()])
     model = compiled(network())
-    with pytest.raises(ValueError, match=rf"goes on with epoch 1, and fit begins with epoch {epoch}.*initial_epoch="):
+    with pytest.raises(ValueError, match=rf"is gone on from with epoch 1\. Received {epoch}; call.*initial_epoch="):
         model.fit(**arrays(checkpoint), epochs=3, initial_epoch=epoch, callbacks=[checkpoint], verbose=0)
+
+
+def test_an_epoch_is_refused_where_there_is_no_checkpoint_or_no_epoch_left(tmp_path):
+    def begin(epoch, **more):
+        model = compiled(network())
+        checkpoint = Checkpoint(tmp_path, **more)
+        model.fit(**arrays(checkpoint), epochs=6, initial_epoch=epoch, callbacks=[checkpoint], verbose=0)
+
+    with pytest.raises(ValueError, match=r"There is no checkpoint in .*begins with epoch 0\. Received 5; call fit with"):
+        begin(5)
+    stop = {"callbacks": [keras.callbacks.EarlyStopping("loss", baseline=0.0, patience=1)]}
+    begin(0, **stop)
+    with pytest.raises(ValueError, match=r"training that a callback ended: no epoch is left\. Received 1; call fit with"):
+        begin(1, **stop)
 
 
 def test_other_places_versions_and_callbacks_are_refused(folder, monkeypatch):
@@ -437,13 +481,18 @@ def test_other_places_versions_and_callbacks_are_refused(folder, monkeypatch):
         name, replicas, devices = "three", 3, 3
 
     of = [ThresholdHistory()]
-    with pytest.raises(ValueError, match=r"is of another devices.*replicas: 1, here 3"):
+    with pytest.raises(ValueError, match=r"begun on other devices.*replicas=1 and received 3"):
         Checkpoint(folder, callbacks=of, devices=Three())
     with pytest.raises(ValueError, match=r"with the callbacks \['ThresholdHistory'\]\. Received \['CheckFinite'"):
         Checkpoint(folder, callbacks=[callbacks.CheckFinite(), *of])
+    backend = {"tensorflow": "jax", "jax": "tensorflow"}[keras.backend.backend()]
+    monkeypatch.setattr(runs.keras.backend, "backend", lambda: backend)
+    with pytest.raises(ValueError, match=r"begun with the Keras backend.*set KERAS_BACKEND="):
+        Checkpoint(folder, callbacks=of)
+    monkeypatch.undo()
     versions = callbacks.versions
     monkeypatch.setattr(callbacks, "versions", lambda: {**versions(), "keras": "4.0.0"})
-    with pytest.raises(ValueError, match=r"is of another environment.*keras: '3.*here '4\.0\.0'"):
+    with pytest.raises(ValueError, match=r"with other versions of packages.*Expected keras=3\.\S+ and received 4\.0\.0\."):
         Checkpoint(folder, callbacks=of)
     monkeypatch.setattr(callbacks, "versions", lambda: {**versions(), "python": "3.99"})
     assert Checkpoint(folder, callbacks=of).initial_epoch == 1
