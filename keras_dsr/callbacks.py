@@ -8,7 +8,8 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,16 +83,16 @@ class Checkpoint(keras.callbacks.Callback):
     batches; a `keras.utils.PyDataset` that does, with `shuffle=False` and (on JAX) one worker; and where order and
     augmentation change from epoch to epoch, `keras_dsr.data.DataSet.training_batches(..., epochs=epochs,
     first_epoch=min(checkpoint.initial_epoch, epochs - 1))`, which has batches for Keras to look at when all epochs are
-    done, too. What does not: `shuffle=True`, which is the default of `fit` for arrays and
-    `PyDataset`; `tf.data` that is shuffled anew each pass; generators that do not begin again; and any with a
-    `steps_per_epoch` other than one pass (or epoch of `training_batches`), as Keras goes on in the same pass then. `fit` does not tell
-    its callbacks which of them it has, so this is the caller's to see to; a number of batches that differs is an error.
+    done, too. What does not: `shuffle=True`, which is the default of `fit` for arrays and `PyDataset`; `tf.data` that
+    is shuffled anew each pass; generators that do not begin again; and any with a `steps_per_epoch` other than one pass
+    (or epoch of `training_batches`), as Keras goes on in the same pass then. `fit` does not tell its callbacks which of
+    them it has, so this is the caller's to see to; a number of batches that differs is an error.
 
     Callbacks: give those whose state must go on as `callbacks`, not to `fit`: they are called as `fit` would call them,
     ahead of the writing. Keras's own are known (EarlyStopping, ReduceLROnPlateau, ModelCheckpoint, SwapEMAWeights,
     TensorBoard, CSVLogger, LearningRateScheduler, LambdaCallback, TerminateOnNaN), and those of this module. One of
-    your own has `get_state()`, of dicts, lists, numbers, texts and NumPy arrays, and `set_state(state)`, which is
-    called after `on_train_begin`; within an epoch after `on_epoch_begin`, too. What a callback did outside of the
+    your own has `get_state()`, of dicts with texts as keys, lists, numbers, texts, `None` and NumPy arrays, and
+    `set_state(state)`, which is called after `on_train_begin`; within an epoch after `on_epoch_begin`, too. What a callback did outside of the
     process after the last checkpoint, such as a row in a log, is done once more.
 
     What it costs: writing the weights and the optimizer, at the end of each epoch and as often as `every` says. Of the
@@ -113,8 +114,8 @@ class Checkpoint(keras.callbacks.Callback):
         ValueError: if `every` is neither; a callback is not known and has no `get_state` and `set_state`; the file in
             the folder is damaged, or not of this callback, or of other versions of packages, another Keras backend,
             other devices or numbers of processes, or other callbacks; from `fit`, if it is of another model or
-            optimizer, `fit` begins with another epoch, the data has another number of batches, or the model is not
-            built.
+            optimizer or, within an epoch, of other metrics, `fit` begins with another epoch, the data has another
+            number of batches, the model is not built, or a callback's `get_state` gives something else.
         FileNotFoundError: if processes do not see the same folder.
 
     Example:
@@ -211,7 +212,7 @@ class Checkpoint(keras.callbacks.Callback):
             # A callback may have changed something, as it had when this epoch was begun.
             checkpoints.restore(self._read_from, self.model)
             self._set_states()
-            self._skipping = _Skipping(self.model, self._progress["metrics"])
+            self._skipping = _Skipping(self.model, self._progress["metrics"], self._check_same)
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         if self._skipping is not None:
@@ -233,8 +234,7 @@ class Checkpoint(keras.callbacks.Callback):
         self._since = 0
         model = self.model  # on JAX, Keras gives it the weights of now as it is asked for, which takes time
         if not model.stop_training:  # else the epoch ends here
-            metrics = [backend.to_numpy(variable.value) for variable in model.metrics_variables]
-            self._write(self._epoch, self._done, metrics)
+            self._write(self._epoch, self._done, _metrics_of(model))
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if self._skipping is not None:
@@ -298,7 +298,7 @@ class Checkpoint(keras.callbacks.Callback):
                 "the model as before, or name another folder."
             )
 
-    def _write(self, epoch: int, batch: int, metrics: list[np.ndarray] | None) -> None:
+    def _write(self, epoch: int, batch: int, metrics: dict[str, Any] | None) -> None:
         progress = {
             "epoch": epoch,
             "batch": batch,
@@ -366,21 +366,24 @@ class _Skipping:
 
     Args:
         model: A model that is about to train.
-        metrics: What the variables of its metrics get.
+        metrics: Its metrics as they stand, of `_metrics_of`.
+        check_same: Called with "set of metrics" and what differs from the model's, or "".
 
     Attributes:
         done: How many batches were read.
         ended: Whether the last step had fewer than it should have.
     """
 
-    def __init__(self, model: keras.Model, metrics: list[np.ndarray]) -> None:
+    def __init__(self, model: keras.Model, metrics: dict[str, Any], check_same: Callable[[str, str], None]) -> None:
         self._model = model
         self._metrics = metrics
+        self._check_same = check_same
         self.done, self.ended = 0, False
         self._own = model.train_function
         self._logs: dict[str, Any] | None = None
-        # On TensorFlow they are made with the first step, on JAX they are away while steps run.
-        if len(model.metrics_variables) == len(metrics):
+        # On TensorFlow they are made with the first step (and never, if a model's own steps have no use for them), on
+        # JAX they are away while steps run.
+        if _has_metrics(model) or not metrics["built"]:
             self._set_metrics()
 
     def instead_of_a_step(self) -> None:
@@ -388,7 +391,9 @@ class _Skipping:
         self._model.train_function = self._step
 
     def _set_metrics(self) -> None:
-        for variable, value in zip(self._model.metrics_variables, self._metrics, strict=True):
+        kinds = [dict(enumerate(_kinds_of_metrics(self._model))), dict(enumerate(self._metrics["kinds"]))]
+        self._check_same("set of metrics", _differences(*reversed(kinds)))
+        for variable, value in zip(self._model.metrics_variables, self._metrics["values"], strict=True):
             variable.assign(value)
         self._logs = self._model.get_metrics_result()
 
@@ -623,6 +628,31 @@ def _layers_of(model: keras.Model) -> list[dict[str, Any]]:
 def _optimizer_of(model: keras.Model) -> dict[str, str]:
     """Settings of an optimizer; its learning rate only if it is a schedule, as callbacks may change a number."""
     return {"kind": type(model.optimizer).__name__, **_settings(model.optimizer.get_config())}
+
+
+def _metrics_of(model: keras.Model) -> dict[str, Any]:
+    """Metrics as they stand within an epoch, and what tells them from others."""
+    return {
+        "built": _has_metrics(model),
+        "kinds": _kinds_of_metrics(model),
+        "values": [backend.to_numpy(variable.value) for variable in model.metrics_variables],
+    }
+
+
+def _has_metrics(model: keras.Model) -> bool:
+    """Whether Keras has made the metrics that a model is compiled with."""
+    return all(part is None or part.built for part in (model._compile_metrics, model._compile_loss))
+
+
+def _kinds_of_metrics(model: keras.Model) -> list[str]:
+    """For each variable of metrics what it is, without numbers that Keras gives to what has no name."""
+    found = []
+    for metric in model.metrics:
+        for each in getattr(metric, "metrics", [metric]):
+            kind, stem = type(each).__name__, re.sub(r"_\d+$", "", each.name)
+            name = "" if stem.replace("_", "") == kind.lower() else f" {each.name!r}"
+            found += [f"{kind}{name} {variable.name} {list(variable.shape)}" for variable in each.variables]
+    return found
 
 
 def _settings(config: Any, name: str = "") -> dict[str, str]:

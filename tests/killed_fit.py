@@ -82,12 +82,12 @@ def network(
     return keras.Model(inputs, outputs)
 
 
-def compiled(model: keras.Model, learning_rate: Any = None, **more: Any) -> keras.Model:
+def compiled(model: keras.Model, learning_rate: Any = None, metrics: Any = ("accuracy",), **more: Any) -> keras.Model:
     """The model with Adam, and a schedule if there is no learning rate."""
     if learning_rate is None:
         learning_rate = keras.optimizers.schedules.CosineDecay(0.01, EPOCHS * STEPS)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.Adam(learning_rate), loss, weighted_metrics=["accuracy"], **more)
+    model.compile(keras.optimizers.Adam(learning_rate), loss, weighted_metrics=metrics, **more)
     return model
 
 

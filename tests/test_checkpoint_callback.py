@@ -419,6 +419,42 @@ def test_another_model_or_optimizer_is_refused_and_left_alone(changes, message, 
     assert not history.history
 
 
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        (None, r"\d=\w+ 'accuracy' total \[\] and received None"),
+        (("accuracy", "sparse_categorical_crossentropy"), r"\d=None and received SparseCategoricalCrossentropy total"),
+        ((keras.metrics.SparseTopKCategoricalAccuracy(3, name="top"),), r"'accuracy' total.* received .* 'top' total"),
+    ],
+    ids=["none", "more", "others"],
+)
+def test_other_metrics_within_an_epoch_are_refused(metrics, message, folder):
+    model, checkpoint = compiled(network(), metrics=metrics), Checkpoint(folder, callbacks=[ThresholdHistory()])
+    with pytest.raises(ValueError, match=rf"is of another set of metrics.*Expected .*{message}"):
+        model.fit(**arrays(checkpoint), epochs=2, initial_epoch=1, callbacks=[checkpoint], verbose=0)
+
+
+def test_metrics_that_keras_numbers_are_the_same(tmp_path):
+    """An epoch goes on with them as they stood."""
+
+    class Hits(keras.metrics.SparseCategoricalAccuracy):
+        def __init__(self):
+            super().__init__(name=None)
+
+    def go_on(name, *beside):
+        checkpoint = Checkpoint(tmp_path / name, every=4)
+        model = compiled(network(), metrics=[hits := Hits()])
+        fed = {**arrays(checkpoint), "initial_epoch": checkpoint.initial_epoch, "callbacks": [checkpoint, *beside]}
+        return hits.name, [*model.fit(**fed, epochs=1, verbose=0).history.values()]
+
+    _, expected = go_on("unbroken")
+    with pytest.raises(Killed):
+        go_on("broken", KillAt(0, 5))
+    name, found = go_on("broken")
+    assert found == expected
+    assert name.startswith("hits_")
+
+
 def test_layers_that_draw_their_seeds_go_on_with_those_of_the_file(tmp_path):
     """Nobody sets a seed here."""
     seeds = []
@@ -468,11 +504,11 @@ def test_an_epoch_is_refused_where_there_is_no_checkpoint_or_no_epoch_left(tmp_p
         checkpoint = Checkpoint(tmp_path, **more)
         model.fit(**arrays(checkpoint), epochs=6, initial_epoch=epoch, callbacks=[checkpoint], verbose=0)
 
-    with pytest.raises(ValueError, match=r"There is no checkpoint in .*begins with epoch 0\. Received 5; call fit with"):
+    with pytest.raises(ValueError, match=r"There is no checkpoint in .*begins with epoch 0\. Received 5; call"):
         begin(5)
     stop = {"callbacks": [keras.callbacks.EarlyStopping("loss", baseline=0.0, patience=1)]}
     begin(0, **stop)
-    with pytest.raises(ValueError, match=r"training that a callback ended: no epoch is left\. Received 1; call fit with"):
+    with pytest.raises(ValueError, match=r"training that a callback ended: no epoch is left\. Received 1; call"):
         begin(1, **stop)
 
 
@@ -492,7 +528,7 @@ def test_other_places_versions_and_callbacks_are_refused(folder, monkeypatch):
     monkeypatch.undo()
     versions = callbacks.versions
     monkeypatch.setattr(callbacks, "versions", lambda: {**versions(), "keras": "4.0.0"})
-    with pytest.raises(ValueError, match=r"with other versions of packages.*Expected keras=3\.\S+ and received 4\.0\.0\."):
+    with pytest.raises(ValueError, match=r"other versions of packages.*Expected keras=3\.\S+ and received 4\.0\.0\."):
         Checkpoint(folder, callbacks=of)
     monkeypatch.setattr(callbacks, "versions", lambda: {**versions(), "python": "3.99"})
     assert Checkpoint(folder, callbacks=of).initial_epoch == 1
