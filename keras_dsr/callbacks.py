@@ -588,8 +588,32 @@ def _check_kept(callback: keras.callbacks.Callback) -> None:
 
 def _get_state(callback: keras.callbacks.Callback) -> Any:
     if type(callback) not in _KEPT:
-        return callback.get_state()
+        state = callback.get_state()
+        _check_state(type(callback).__name__, state)
+        return state
     return {name: _plain(getattr(callback, name)) for name in _KEPT[type(callback)]}
+
+
+def _check_state(name: str, value: Any) -> None:
+    """Raises, if the state of a callback would not come back from a file as it is."""
+    if isinstance(value, dict):
+        for key, each in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"The state of {name} has dicts with texts as keys. Received {key!r} in get_state().")
+            _check_state(name, each)
+    elif isinstance(value, list):
+        for each in value:
+            _check_state(name, each)
+    elif isinstance(value, (np.ndarray, np.generic)):
+        if value.dtype.kind not in "biufcSU":
+            raise ValueError(
+                f"The state of {name} has NumPy arrays of numbers or texts. Received {value.dtype} in get_state()."
+            )
+    elif value is not None and not isinstance(value, (bool, int, float, str)):
+        raise ValueError(
+            f"The state of {name} is of dicts, lists, numbers, texts, None and NumPy arrays. Received {value!r}, of "
+            f"{type(value).__name__}, in get_state()."
+        )
 
 
 def _set_state(callback: keras.callbacks.Callback, state: Any) -> None:

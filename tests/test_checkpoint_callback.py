@@ -291,7 +291,6 @@ def test_keras_still_has_what_is_kept_of_its_callbacks(tmp_path):
         keras.callbacks.ModelCheckpoint: (tmp_path / "a.keras",),
         keras.callbacks.CSVLogger: (tmp_path / "a.csv",),
         keras.callbacks.TensorBoard: (tmp_path,),
-        keras.callbacks.TensorBoard: (tmp_path / "logs",),
         keras.callbacks.LearningRateScheduler: (abs,),
         callbacks.FiringRate: (np.ones((1, 2)),),
         callbacks.SpikeHistograms: (tmp_path, np.ones((1, 2))),
@@ -532,6 +531,31 @@ def test_other_places_versions_and_callbacks_are_refused(folder, monkeypatch):
         Checkpoint(folder, callbacks=of)
     monkeypatch.setattr(callbacks, "versions", lambda: {**versions(), "python": "3.99"})
     assert Checkpoint(folder, callbacks=of).initial_epoch == 1
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"best": {1: 0.5}}, r"The state of Counter has dicts with texts as keys\. Received 1 in get_state"),
+        ([(1, 2)], r"The state of Counter is of dicts, lists.*Received \(1, 2\), of tuple"),
+        ({"seen": [{3}]}, r"The state of Counter is of dicts, lists.*Received \{3\}, of set"),
+        (np.array([None]), r"The state of Counter has NumPy arrays of numbers or texts\. Received object"),
+    ],
+    ids=["keys", "tuple", "set", "objects"],
+)
+@pytest.mark.parametrize("chief", [True, False])
+def test_a_state_that_would_not_come_back_is_refused_in_every_process(state, message, chief, tmp_path):
+    counter = Counter()
+    checkpoint = Checkpoint(tmp_path, callbacks=[counter], devices=distribution.Strategy())
+    checkpoint.devices.process = int(not chief)
+    checkpoint.set_model(compiled(network()))
+    checkpoint.set_params({"steps": 1})
+    checkpoint.on_train_begin()
+    checkpoint.on_epoch_begin(0)
+    counter.state = state
+    with pytest.raises(ValueError, match=message):
+        checkpoint.on_epoch_end(0, {})
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_checkpoint_of_another_hand_is_refused(tmp_path):
