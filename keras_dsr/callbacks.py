@@ -22,6 +22,7 @@ from keras_dsr.analysis.tracing import Recorder, Tracer
 from keras_dsr.constraints import not_finite
 from keras_dsr.distribution import Strategy
 from keras_dsr.distribution.base import versions
+from keras_dsr.files import remove_left_over
 from keras_dsr.layers.neurons import neurons_of
 from keras_dsr.runs import check_backend, check_devices
 
@@ -142,13 +143,17 @@ class Checkpoint(keras.callbacks.Callback):
         self.devices = devices or Strategy()
         folder = Path(folder)
         self.path, self.previous = folder / "checkpoint.npz", folder / "previous.npz"
-        self.devices.on_chief(lambda: folder.mkdir(parents=True, exist_ok=True))
+        self.devices.on_chief(self._make_folder)
         self._read_from = next((path for path in (self.path, self.previous) if self.devices.see(path)), None)
         self._progress: dict[str, Any] | None = None
         if self._read_from is not None:
             self._progress = self.devices.everyone(self._read)
         self._skipping: _Skipping | None = None
         self._started = False
+
+    def _make_folder(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        remove_left_over(self.path)
 
     @property
     def initial_epoch(self) -> int:

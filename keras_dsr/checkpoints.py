@@ -57,6 +57,7 @@ def save(
         if previous is not None and path.is_file():
             synchronize(beside)
             path.replace(previous)
+    synchronize(path.parent)
 
 
 def _without_arrays(value: Any, arrays: dict[str, np.ndarray]) -> Any:

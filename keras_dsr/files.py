@@ -39,6 +39,14 @@ def replacing(path: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
+def remove_left_over(path: Path) -> None:
+    """Removes what `replacing` left beside `path` of processes that were killed as they wrote. None may be writing."""
+    pattern = re.compile(rf"\.\d+-{re.escape(path.name)}")
+    for entry in path.parent.iterdir():
+        if pattern.fullmatch(entry.name):
+            entry.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def workspace(path: Path) -> Iterator[Path]:
     """Gives a new hidden folder on the file system of `path`, for what is renamed to `path`, or into it, once whole.
@@ -76,7 +84,9 @@ def digest(path: Path) -> str | None:
 
 
 def synchronize(path: Path) -> None:
-    """Has the disk write down a file, or which files a folder has."""
+    """Has the disk write down a file, or which files a folder has; Windows cannot be asked for the latter."""
+    if os.name == "nt" and path.is_dir():
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -390,6 +390,14 @@ def test_a_kill_between_two_renames_leaves_the_one_before(folder, monkeypatch):
     assert Checkpoint(folder, callbacks=[ThresholdHistory()]).initial_batch == 8
 
 
+def test_what_killed_processes_left_of_a_file_is_removed(folder):
+    for name in (".123-checkpoint.npz", ".123-other.npz", "other-checkpoint.npz"):
+        (folder / name).write_bytes(b"the beginning")
+    assert Checkpoint(folder, callbacks=[ThresholdHistory()]).initial_batch == 8
+    left = {path.name for path in folder.iterdir()}
+    assert left == {"checkpoint.npz", "previous.npz", ".123-other.npz", "other-checkpoint.npz"}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -614,5 +622,6 @@ def test_a_process_that_is_killed_twice_at_random_ends_as_one_that_was_not(tmp_p
     start, steps = run(broken)
     assert start[0] * STEPS + start[1] >= done > 0
     assert steps == (EPOCHS - start[0]) * STEPS - start[1]
+    assert {path.name for path in broken.iterdir()} == {"checkpoint.npz", "previous.npz", "end.npz"}
     with np.load(unbroken / "end.npz") as expected, np.load(broken / "end.npz") as found:
         same(dict(found), dict(expected))
