@@ -614,7 +614,7 @@ def test_a_process_that_is_killed_twice_at_random_ends_as_one_that_was_not(tmp_p
     moments = random.SystemRandom()
     done = 0
     for _ in range(2):
-        steps, delay = moments.randint(4, 14), moments.uniform(0, 0.05)
+        steps, delay = moments.randint(4, 12), moments.uniform(0, 0.05)
         print(f"killed {delay:.3f} s after {steps} steps")
         (epoch, batch), _ = run(broken, steps, delay)
         assert epoch * STEPS + batch >= done

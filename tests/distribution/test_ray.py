@@ -47,7 +47,10 @@ def test_ray_goes_on_after_a_kill_to_the_same_weights(benchmark, tmp_path):
             assert process.poll() is None, log.read_text()[-3000:]
             assert time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(0.01)
-        begun = waiting(log.read_text())
+        while not ((begun := waiting(log.read_text())) and len(begun[0]) == 2):  # Ray shows lines some time later
+            assert process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.01)
         os.kill(begun[0][1], signal.SIGKILL)
         kept = len(kill.history(broken))
         assert process.wait(600) == 0, log.read_text()[-3000:]
