@@ -93,8 +93,8 @@ class Checkpoint(keras.callbacks.Callback):
     ahead of the writing. Keras's own are known (EarlyStopping, ReduceLROnPlateau, ModelCheckpoint, SwapEMAWeights,
     TensorBoard, CSVLogger, LearningRateScheduler, LambdaCallback, TerminateOnNaN), and those of this module. One of
     your own has `get_state()`, of dicts with texts as keys, lists, numbers, texts, `None` and NumPy arrays, and
-    `set_state(state)`, which is called after `on_train_begin`; within an epoch after `on_epoch_begin`, too. What a callback did outside of the
-    process after the last checkpoint, such as a row in a log, is done once more.
+    `set_state(state)`, which is called after `on_train_begin`; within an epoch after `on_epoch_begin`, too. What a
+    callback did outside of the process after the last checkpoint, such as a row in a log, is done once more.
 
     What it costs: writing the weights and the optimizer, at the end of each epoch and as often as `every` says. Of the
     logs of each batch Keras makes numbers, and so waits for it, as for every callback that looks at batches.
