@@ -135,7 +135,8 @@ def main() -> None:
             while kills < options.kills:
                 rest = 1 - kept(broken) / kept(unbroken)
                 after = moments.uniform(0, max(rest, 0.2)) * seconds
-                if killed(broken, options.engine, role, after, options.timeout)[0]:
+                hit = killed(broken, options.engine, role, after, options.timeout)[0]
+                if hit and kept(broken) < kept(unbroken):  # else only the evaluation was left to be hit
                     kills += 1
                     resumes_at.append(kept(broken))
                     print(f"{role}: kill {kills}: {resumes_at[-1]} epochs kept", flush=True)

@@ -3,10 +3,10 @@
     python benchmarks/profile_step.py                                  # PreAct-ResNet-18 and 20, N = 5 and 20
     python benchmarks/profile_step.py --networks vgg11 --timesteps 10
 
-The seconds are those of TensorFlow's operations without XLA, as its profiler records them, by what they are for; those
-that run at once count each. Beside them the rate at which convolutions multiply and add, as a part of the rate of a
-large product of matrices in the same process. The bytes are what XLA says of the same step on JAX: of one training step
-and of the ANN's, how much memory it works in.
+The seconds are those of TensorFlow's operations, of which XLA compiles the neurons alone, as its profiler records them,
+by what they are for; those that run at once count each. Beside them the rate at which convolutions multiply and add, as
+a part of the rate of a large product of matrices in the same process. The bytes are what XLA says of the same step on
+JAX: of one training step and of the ANN's, how much memory it works in.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ CEILING_SIZE = 2048
 XLA_RUN = "CpuExecutable::ExecuteAsyncOnStream"
 
 
-def kind_of(event: str, neurons: set[str]) -> str | None:
+def kind_of(event: str, neurons: set[str], norms: set[str]) -> str | None:
     """What an operation is for, of `KINDS`; `None` for an event that is none.
 
     Args:
         event: The profiler's name of it, PATH:OPERATION, or `XLA_RUN`.
         neurons: Names of the neuron layers.
+        norms: Names of the normalization layers.
     """
     if event == XLA_RUN:
         return "neurons"
@@ -51,20 +52,20 @@ def kind_of(event: str, neurons: set[str]) -> str | None:
     backward = path.startswith("gradient_tape/") or "/gradient_tape/" in path
     if "Conv2D" in operation or "MatMul" in operation:
         return f"convolutions, {'backward' if backward or 'Backprop' in operation else 'forward'}"
-    if "BatchNorm" in operation:
-        return "normalization"
     # A layer's second call in a graph has a name that ends in _1, and so on.
-    if any(part.rpartition("_")[0] in neurons or part in neurons for part in path.split("/")):
-        return "neurons"
-    return "the rest"
+    parts = {name for part in path.split("/") for name in (part, part.rpartition("_")[0])}
+    if "BatchNorm" in operation or parts & norms:
+        return "normalization"
+    return "neurons" if parts & neurons else "the rest"
 
 
-def seconds_by_kind(folder: Path, neurons: set[str]) -> dict[str, float]:
+def seconds_by_kind(folder: Path, neurons: set[str], norms: set[str]) -> dict[str, float]:
     """The seconds of all operations that a profile holds, by their kinds.
 
     Args:
         folder: Where `tf.profiler.experimental` wrote it.
         neurons: Names of the neuron layers.
+        norms: Names of the normalization layers.
 
     Raises:
         RuntimeError: if there is no profile, or it holds no operation of neurons.
@@ -80,7 +81,7 @@ def seconds_by_kind(folder: Path, neurons: set[str]) -> dict[str, float]:
     for plane in space.planes:
         for line in plane.lines:
             for event in line.events:
-                kind = kind_of(plane.event_metadata[event.metadata_id].name, neurons)
+                kind = kind_of(plane.event_metadata[event.metadata_id].name, neurons, norms)
                 if kind is not None:
                     spent[kind] += event.duration_ps / 1e12
     if not spent["neurons"]:
@@ -108,7 +109,8 @@ def measure_seconds(task: dict[str, Any]) -> dict[str, Any]:
         for _ in range(task["repeats"]):
             call()
         tf.profiler.experimental.stop()
-        spent = seconds_by_kind(Path(folder), {neuron.name for neuron in neurons_of(model)})
+        norms = {layer.name for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)}
+        spent = seconds_by_kind(Path(folder), {neuron.name for neuron in neurons_of(model)}, norms)
     a = tf.random.normal((CEILING_SIZE, CEILING_SIZE))
     product = timed(lambda: keras.ops.convert_to_numpy(tf.matmul(a, a)[0, 0]), 5)
     return {
@@ -196,8 +198,8 @@ def compare(options: argparse.Namespace) -> None:
     lines = [
         f"A training step, IF, batch {options.batch}, float32, {where}",
         "",
-        'Seconds of TensorFlow\'s operations without XLA, by what they are for; "of the ceiling" is the rate of the '
-        "forward convolutions, as a part of that of a product of matrices.",
+        "Seconds of TensorFlow's operations, of which XLA compiles the neurons alone, by what they are for; \"of the "
+        'ceiling" is the rate of the forward convolutions, as a part of that of a product of matrices.',
         "",
         *markdown(["network", "N", "seconds", *KINDS, "of the ceiling"], seconds),
         "",

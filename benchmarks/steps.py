@@ -304,7 +304,7 @@ def table_of(rows, forms, form_rows, failures, host, rounds) -> str:
                 base = {"network": network, "mode": mode, "batch": row["batch"], "timesteps": row["timesteps"]}
                 dsr = find(rows, variant="PyTorch DSR", **base)
                 if mode == "train":
-                    # Of the same library, without XLA as it is: it is the forward pass of no other variant.
+                    # Of the same library, compiled as it is: it is the forward pass of no other variant.
                     is_its = row["variant"] in ("ours", "ours, forward")
                     last = ratio(row, find(rows, variant="ours, forward", **base)) if is_its else None
                 else:
@@ -398,8 +398,9 @@ def plot(rows: list[dict], path: Path, host: dict) -> None:
                     row = min((r for r in own if r["variant"] == variant), key=lambda r: r["batch"])
                     axes.axhline(row[name], linestyle="--", linewidth=1, **style)
             numbers = sorted({row["timesteps"] for row in own if row["timesteps"]})
-            axes.set_xlim(0, 1.1 * max(numbers))
-            axes.set_xticks(numbers)
+            if numbers:
+                axes.set_xlim(0, 1.1 * max(numbers))
+                axes.set_xticks(numbers)
             axes.set_ylim(0, 1.1 * max(row[name] for row in own))
             plots.panel(axes, f"{TITLES.get(network, network)}, {titles[mode]}", "time steps N", units[name])
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):

@@ -152,7 +152,8 @@ def compare(options: Any) -> None:
         told = [f"{row['network']}, batch {row['batch']}: {row['of_ann']:.2f}" for row in of_ann]
         sources.insert(0, f"whole numbers, of the float32 ANN's CPU seconds: {'; '.join(told)}")
     lines = [
-        f"PreAct-ResNet-18, N = {TIMESTEPS}, batch {BATCH}, TensorFlow without XLA, unless it says otherwise.",
+        f"PreAct-ResNet-18, N = {TIMESTEPS}, batch {BATCH}, TensorFlow, whose XLA compiles the neurons alone, unless "
+        "it says otherwise.",
         "",
         *table_of(targets),
         "",

@@ -460,6 +460,9 @@ def test_operations_have_kinds(benchmark):
         "gradient_tape/net_1/conv1/convolution/Conv2DBackpropFilter:Conv2DBackpropFilter": "convolutions, backward",
         "gradient_tape/net_1/head_1/MatMul_1:MatMul": "convolutions, backward",
         "net_1/bn1_1/FusedBatchNormV3:FusedBatchNormV3": "normalization",
+        "net_1/bn1_1/batchnorm/mul_1:Mul": "normalization",
+        "gradient_tape/net_1/bn1_1/batchnorm/mul_1/Mul:Mul": "normalization",
+        "CpuExecutable::ExecuteAsyncOnStream": "neurons",
         "net_1/neuron1_1/while/body/_12/net_1/neuron1_1/while/add:AddV2": "neurons",
         "net_1/neuron1/Cast:Cast": "neurons",
         "net_1/neuron11_1/Cast:Cast": "the rest",
@@ -467,7 +470,7 @@ def test_operations_have_kinds(benchmark):
         "ExecutorState::Process": None,
         "FunctionRun": None,
     }
-    assert {event: kind_of(event, {"neuron1"}) for event in kinds} == kinds
+    assert {event: kind_of(event, {"neuron1"}, {"bn1"}) for event in kinds} == kinds
 
 
 @pytest.mark.tensorflow_only

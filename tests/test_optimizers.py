@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -60,26 +61,64 @@ def test_steps_are_pytorchs(momentum, nesterov, decay):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.tensorflow_only
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("nesterov", [False, True])
-def test_one_pass_takes_the_step_that_keras_takes(nesterov, dtype, monkeypatch):
-    weights, gradients = random(4)
-    weights = [w.astype(dtype) for w in weights]
-    taken = []
+@pytest.fixture
+def taken(monkeypatch):
+    """Whether each step of each weight was taken in one pass, in order."""
+    found = []
     descend = keras_dsr.backend.descend
 
     def spy(*arguments):
-        taken.append(descend(*arguments))
-        return taken[-1]
+        found.append(descend(*arguments))
+        return found[-1]
 
     monkeypatch.setattr(keras_dsr.backend, "descend", spy)
+    return found
+
+
+@pytest.mark.tensorflow_only
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_one_pass_takes_the_step_that_keras_takes(nesterov, dtype, taken):
+    weights, gradients = random(4)
+    weights = [w.astype(dtype) for w in weights]
     received = apply(SGD(0.1, 0.9, nesterov, 0.0), weights, gradients)
     assert taken == [True] * len(SHAPES) * len(gradients)
     expected = apply(keras.optimizers.SGD(0.1, 0.9, nesterov), weights, gradients)
     close = {"float32": 1e-6, "bfloat16": 0.03}[dtype]  # what is rounded once there is rounded twice here
     for one, other in zip(received, expected, strict=True):
         np.testing.assert_allclose(one.astype("float32"), other.astype("float32"), rtol=close, atol=close)
+
+
+def trained(optimizer, kind="dense", **compiled):
+    """Weights of a small model after some steps of `fit`."""
+    keras.utils.set_random_seed(0)
+    x = np.random.default_rng(0).integers(0, 5, (12, 3)).astype("int32" if kind == "embedding" else "float32")
+    first = keras.layers.Embedding(9, 4) if kind == "embedding" else keras.layers.Dense(4)
+    model = keras.Sequential([keras.Input((3,), dtype=x.dtype), first, keras.layers.Flatten(), keras.layers.Dense(1)])
+    model.compile(optimizer, "mean_squared_error", **compiled)
+    model.fit(x, np.ones((12, 1)), batch_size=4, epochs=2, shuffle=False, verbose=0)
+    return model.get_weights()
+
+
+@pytest.mark.tensorflow_only
+@pytest.mark.parametrize("how", ["graph", "xla", "scaled", "accumulated", "averaged", "embedding", "replicas"])
+def test_one_pass_trains_as_keras_does(how, taken):
+    import tensorflow as tf
+
+    settings = {"accumulated": {"gradient_accumulation_steps": 2}, "averaged": {"use_ema": True, "ema_momentum": 0.5}}
+
+    def weights(kind, *more):
+        with tf.distribute.MirroredStrategy(["CPU:0"]).scope() if how == "replicas" else contextlib.nullcontext():
+            optimizer = kind(0.01, 0.9, True, *more, **settings.get(how, {}))
+            if how == "scaled":
+                optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=8.0)
+            return trained(optimizer, "embedding" if how == "embedding" else "dense", jit_compile=how == "xla")
+
+    found = weights(SGD, 0.0)
+    # Not of a gradient of some rows, nor under a strategy.
+    assert set(taken) == {"embedding": {False, True}, "replicas": {False}}.get(how, {True})
+    for one, other in zip(found, weights(keras.optimizers.SGD), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_a_schedule_sets_the_rate_of_each_step():
