@@ -21,10 +21,9 @@ from keras_dsr.analysis.firing import thresholds
 from keras_dsr.analysis.tracing import Recorder, Tracer
 from keras_dsr.constraints import not_finite
 from keras_dsr.distribution import Strategy
-from keras_dsr.distribution.base import versions
+from keras_dsr.distribution.base import check_backend, check_devices, versions
 from keras_dsr.files import remove_left_over
 from keras_dsr.layers.neurons import neurons_of
-from keras_dsr.runs import check_backend, check_devices
 
 # An epoch that no training comes to.
 _BEYOND = 2**31 - 1

@@ -27,6 +27,7 @@ from typing import Any
 import keras
 
 import keras_dsr
+from keras_dsr.distribution.base import check_backend, check_devices
 from keras_dsr.files import replacing
 from keras_dsr.recipes import Recipe
 
@@ -239,43 +240,6 @@ def check_environment(folder: Path, devices: Mapping[str, Any] = _ONE_DEVICE) ->
     before = json.loads(path.read_text(encoding="utf-8"))
     check_backend(folder, before["backend"])
     check_devices(folder, before.get("devices", _ONE_DEVICE), devices)
-
-
-def check_backend(path: Path, begun: str) -> None:
-    """Makes sure that a run goes on with the Keras backend that it was begun with.
-
-    Args:
-        path: The run folder, or the file that says so, for the error.
-        begun: The backend that it was begun with.
-
-    Raises:
-        ValueError: if this is another one.
-    """
-    if begun != keras.backend.backend():
-        raise ValueError(
-            f"{path} was begun with the Keras backend {begun!r} and goes on to the same weights only with it. Received "
-            f"{keras.backend.backend()!r}; set KERAS_BACKEND={begun}."
-        )
-
-
-def check_devices(path: Path, begun: Mapping[str, Any], devices: Mapping[str, Any]) -> None:
-    """Makes sure that a run goes on with the devices that it was begun on.
-
-    Args:
-        path: The run folder, or the file that says so, for the error.
-        begun: What it was begun on, as `keras_dsr.distribution.Strategy.facts` says.
-        devices: What it is to go on with, likewise.
-
-    Raises:
-        ValueError: if they differ.
-    """
-    if begun != devices:
-        names = {**begun, **devices}
-        pairs = ", ".join(f"{name}={begun.get(name)!r} and received {devices.get(name)!r}" for name in names)
-        raise ValueError(
-            f"{path} was begun on other devices and goes on to the same weights only with as many. Expected {pairs}. "
-            "Choose devices and replicas as they were, or name another folder."
-        )
 
 
 def _git_commit() -> str | None:

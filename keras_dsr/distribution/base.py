@@ -11,7 +11,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -239,6 +239,43 @@ def versions() -> dict[str, str]:
         "keras_dsr": keras_dsr.__version__,
         **{name: importlib.import_module(name).__version__ for name in modules},
     }
+
+
+def check_backend(path: Path, begun: str) -> None:
+    """Makes sure that a run goes on with the Keras backend that it was begun with.
+
+    Args:
+        path: The run folder, or the file that says so, for the error.
+        begun: The backend that it was begun with.
+
+    Raises:
+        ValueError: if this is another one.
+    """
+    if begun != keras.backend.backend():
+        raise ValueError(
+            f"{path} was begun with the Keras backend {begun!r} and goes on to the same weights only with it. Received "
+            f"{keras.backend.backend()!r}; set KERAS_BACKEND={begun}."
+        )
+
+
+def check_devices(path: Path, begun: Mapping[str, Any], devices: Mapping[str, Any]) -> None:
+    """Makes sure that a run goes on with the devices that it was begun on.
+
+    Args:
+        path: The run folder, or the file that says so, for the error.
+        begun: What it was begun on, as `Strategy.facts` says.
+        devices: What it is to go on with, likewise.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    if begun != devices:
+        names = {**begun, **devices}
+        pairs = ", ".join(f"{name}={begun.get(name)!r} and received {devices.get(name)!r}" for name in names)
+        raise ValueError(
+            f"{path} was begun on other devices and goes on to the same weights only with as many. Expected {pairs}. "
+            "Choose devices and replicas as they were, or name another folder."
+        )
 
 
 def as_row(text: str) -> np.ndarray:
