@@ -609,7 +609,7 @@ def _check_state(name: str, value: Any) -> None:
         for each in value:
             _check_state(name, each)
     elif isinstance(value, (np.ndarray, np.generic)):
-        if value.dtype.kind not in "biufcSU":
+        if value.dtype.kind not in "biufcSU" and not checkpoints.is_extension(value.dtype):
             raise ValueError(
                 f"The state of {name} has NumPy arrays of numbers or texts. Received {value.dtype} in get_state()."
             )

@@ -19,6 +19,8 @@ from keras_dsr.files import replacing, synchronize
 
 # Names of arrays of the progress begin so.
 _BESIDE = "progress/"
+# Of the array that says which arrays are of a dtype that NumPy's files do not know.
+_DTYPES = "progress.dtypes"
 
 
 def _variables(model: keras.Model) -> dict[str, Any]:
@@ -51,6 +53,7 @@ def save(
     if not write:
         return
     plain = json.dumps(_without_arrays(progress, arrays))
+    arrays = _as_bytes(arrays)
     with replacing(path) as beside:
         with beside.open("wb") as file:
             np.savez(file, progress=np.asarray(plain), **arrays)
@@ -80,6 +83,29 @@ def _with_arrays(value: Any, arrays: dict[str, np.ndarray]) -> Any:
             return arrays[value[_BESIDE]]
         return {name: _with_arrays(each, arrays) for name, each in value.items()}
     return [_with_arrays(each, arrays) for each in value] if isinstance(value, list) else value
+
+
+def is_extension(dtype: np.dtype) -> bool:
+    """Whether a dtype is of another package than NumPy, as bfloat16 is."""
+    return dtype.isbuiltin == 2
+
+
+def _as_bytes(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays that NumPy's files can hold; if dtypes of other packages are among them, with the names of these."""
+    dtypes = {name: array.dtype.name for name, array in arrays.items() if is_extension(array.dtype)}
+    if not dtypes:
+        return arrays
+    plain = {name: arrays[name].view(f"V{arrays[name].itemsize}") for name in dtypes}
+    return arrays | plain | {_DTYPES: np.asarray(json.dumps(dtypes))}
+
+
+def _from_bytes(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What `_as_bytes` was given; of files that were written without names, too."""
+    # bfloat16 is the only one of two bytes.
+    dtypes = {name: "bfloat16" for name, array in arrays.items() if array.dtype == "V2"}
+    if _DTYPES in arrays:
+        dtypes |= json.loads(str(arrays.pop(_DTYPES)))
+    return arrays | {name: arrays[name].view(dtype) for name, dtype in dtypes.items()}
 
 
 def progress(path: Path) -> dict[str, Any]:
@@ -131,7 +157,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     """All arrays of a checkpoint; a ValueError if the file is none, or is damaged anywhere."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = dict(archive)
+            arrays = _from_bytes(dict(archive))
     except (zipfile.BadZipFile, ValueError, EOFError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a checkpoint, or is damaged: {error}.") from error
     if "progress" not in arrays:

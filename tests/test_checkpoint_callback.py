@@ -224,6 +224,29 @@ def test_an_error_as_batches_are_left_out_leaves_the_model_to_train(tmp_path):
     same(values(model), values(expected))
 
 
+def test_a_training_in_bfloat16_goes_on_alike(tmp_path):
+    """Weights, slots of the optimizer, and what a callback keeps of them."""
+    keras.config.set_dtype_policy("bfloat16")
+
+    def run(name, *beside):
+        of = [keras.callbacks.EarlyStopping("loss", mode="max", patience=9, restore_best_weights=True), Counter()]
+        of[1].state["mean"] = np.zeros(2, "bfloat16")
+        return *fit(tmp_path / name, *beside, of=of, epochs=2), of
+
+    model, history, unbroken = run("unbroken")
+    for place in ((0, 6), (1, 9)):
+        with pytest.raises(Killed):
+            run("broken", KillAt(*place))
+    other, told, broken = run("broken")
+    assert "bfloat16" in {value.dtype.name for value in values(model).values()}
+    same(values(other), values(model))
+    assert told.history == history.history
+    same(broken[1].state, unbroken[1].state)
+    assert broken[0].best_weights[0].dtype == unbroken[0].best_weights[0].dtype == "bfloat16"
+    for mine, theirs in zip(broken[0].best_weights, unbroken[0].best_weights, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
 def test_weights_that_a_callback_swaps_are_swapped_back(tmp_path):
     def run(name, *beside):
         swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)

@@ -91,6 +91,32 @@ def test_a_model_of_another_precision_gets_every_value():
         np.testing.assert_array_equal(all_values(other)[name], value, err_msg=name)
 
 
+def test_dtypes_that_files_of_numpy_do_not_know_come_back(tmp_path, monkeypatch):
+    """Those of files that were written without their names, too."""
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, dtype="bfloat16")])
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse")
+    model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0)
+    saved = all_values(model)
+    kept = {"best": [saved["model/0/kernel"]], "scalar": np.ones((), "bfloat16"), "small": np.ones(3, "float8_e5m2")}
+    save(tmp_path / "named.npz", model, kept)
+    monkeypatch.setattr(checkpoints, "_as_bytes", lambda arrays: arrays)
+    kept_then = {name: kept[name] for name in ("best", "scalar")}
+    save(tmp_path / "unnamed.npz", model, kept_then)
+    for name, expected in (("named", kept), ("unnamed", kept_then)):
+        for variable in model.variables:
+            variable.assign(np.zeros(variable.shape))
+        restore(tmp_path / f"{name}.npz", model)
+        for key, value in all_values(model).items():
+            assert value.dtype == saved[key].dtype
+            np.testing.assert_array_equal(value, saved[key], err_msg=key)
+        found = progress(tmp_path / f"{name}.npz")
+        assert {key: np.asarray(value).dtype for key, value in found.items()} == {
+            key: np.asarray(value).dtype for key, value in expected.items()
+        }
+        for key, value in expected.items():
+            np.testing.assert_array_equal(found[key], value)
+
+
 def test_a_model_that_never_trained_can_be_saved_and_restored(tmp_path, written):
     path, model = written
     fresh = network()
