@@ -294,7 +294,7 @@ class Checkpoint(keras.callbacks.Callback):
         self._done = done = skipped.done
         # Of data whose length is not known, steps_per_execution may have counted more than its end had.
         missing = self.initial_batch - done
-        at_end = skipped.ended and self.params.get("steps") is None and missing < self.model.steps_per_execution
+        at_end = skipped.ended and self.params.get("steps") is None and 0 < missing < self.model.steps_per_execution
         if missing and not at_end:
             raise ValueError(
                 f"{self._read_from} is {self.initial_batch} batches into epoch {self._epoch}, and {done} could be left "

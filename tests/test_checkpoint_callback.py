@@ -204,6 +204,22 @@ def test_several_steps_at_once_that_do_not_divide_an_epoch(feed, batch, tmp_path
     same(values(other), values(model))
 
 
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+@pytest.mark.parametrize("steps", [3, 5])
+def test_an_epoch_of_unknown_length_that_ends_beyond_the_checkpoint_is_refused(steps, tmp_path):
+    """5 batches in steps of 4, killed after the first 4; another number at once comes to the end and leaves out 5."""
+
+    def five(checkpoint):
+        fed = unknown_length(checkpoint)
+        return {**fed, "x": fed["x"].take(5)}
+
+    with pytest.raises(Killed):
+        fit(tmp_path, KillAt(0, 3), epochs=1, steps=4, feed=five)
+    assert Checkpoint(tmp_path).initial_batch == 4
+    with pytest.raises(ValueError, match=r"is 4 batches into epoch 0, and 5 could be left out.*steps_per_execution"):
+        fit(tmp_path, epochs=1, steps=steps, feed=five)
+
+
 def test_an_error_as_batches_are_left_out_leaves_the_model_to_train(tmp_path):
     class Broken(Batches):
         def __getitem__(self, number):
