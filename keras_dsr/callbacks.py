@@ -176,7 +176,9 @@ class Checkpoint(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self._started = False
-        self._skipping = None  # of a fit that an error ended
+        if self._skipping is not None:  # of a fit that an error ended
+            self._skipping.end()
+            self._skipping = None
         self._history: dict[str, list[Any]] = {}
         self._epochs: list[int] = []
         if not self.model.built:
@@ -366,7 +368,8 @@ class _Skipping:
     """Has the steps of a `fit` do nothing but read their batches.
 
     It stands in for `model.train_function`, which `fit` asks for at each step, and for one step each time: an error on
-    the way leaves the model as it was.
+    the way leaves the model as it was. One of another callback may come ahead of that step; what stands in then is
+    taken away with `end`, and trains if another `fit` is first to ask for it.
 
     Args:
         model: A model that is about to train.
@@ -384,6 +387,7 @@ class _Skipping:
         self._check_same = check_same
         self.done, self.ended = 0, False
         self._own = model.train_function
+        self._history = model.history  # each fit has one of its own
         self._logs: dict[str, Any] | None = None
         # On TensorFlow they are made with the first step (and never, if a model's own steps have no use for them), on
         # JAX they are away while steps run.
@@ -394,6 +398,11 @@ class _Skipping:
         """Has the step that comes next be left out."""
         self._model.train_function = self._step
 
+    def end(self) -> None:
+        """Has the model train again, if a step that was to be left out did not come."""
+        if self._model.train_function == self._step:
+            self._model.train_function = self._own
+
     def _set_metrics(self) -> None:
         kinds = [dict(enumerate(_kinds_of_metrics(self._model))), dict(enumerate(self._metrics["kinds"]))]
         self._check_same("set of metrics", _differences(*reversed(kinds)))
@@ -403,6 +412,8 @@ class _Skipping:
 
     def _step(self, *arguments: Any) -> Any:
         self._model.train_function = self._own
+        if self._model.history is not self._history:
+            return self._own(*arguments)
         *state, iterator = arguments  # on JAX the state comes first, and goes back beside the logs
         batch = next(iterator)
         self.done += 1

@@ -263,6 +263,50 @@ def test_a_training_in_bfloat16_goes_on_alike(tmp_path):
         np.testing.assert_array_equal(mine, theirs)
 
 
+class Broken(keras.callbacks.Callback):
+    """A callback that stands beside a checkpoint and has an error, once."""
+
+    def __init__(self, batch):
+        super().__init__()
+        self.batch = batch
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if batch == self.batch:
+            self.batch = None
+            raise OSError("The disk is away")
+
+
+def test_an_error_of_another_callback_as_batches_are_left_out_leaves_the_model_to_train(tmp_path):
+    """By the same callback, by a new one, and without any."""
+    expected, _ = fit(tmp_path / "unbroken", epochs=2)
+    with pytest.raises(Killed):
+        fit(tmp_path / "broken", KillAt(1, 9), epochs=2)
+    model, first = compiled(network()), Checkpoint(tmp_path / "broken", every=100)
+    assert (first.initial_epoch, first.initial_batch) == (1, 8)
+
+    def go_on(checkpoint, *beside):
+        fed = {**arrays(checkpoint), "epochs": 2, "initial_epoch": 1, "callbacks": [checkpoint, *beside], "verbose": 0}
+        model.fit(**fed)
+
+    def break_off(checkpoint):
+        with pytest.raises(OSError, match="The disk is away"):
+            go_on(checkpoint, Broken(2))
+
+    shutil.copytree(tmp_path / "broken", tmp_path / "copy")
+    break_off(first)
+    go_on(first)
+    same(values(model), values(expected))
+    break_off(Checkpoint(tmp_path / "copy", every=100))
+    break_off(again := Checkpoint(tmp_path / "copy", every=100))
+    go_on(again)
+    same(values(model), values(expected))
+    shutil.copyfile(tmp_path / "copy" / "previous.npz", tmp_path / "copy" / "checkpoint.npz")
+    break_off(Checkpoint(tmp_path / "copy"))
+    before = int(model.optimizer.iterations.value)
+    model.fit(**arrays(None), verbose=0)
+    assert int(model.optimizer.iterations.value) == before + STEPS
+
+
 def test_weights_that_a_callback_swaps_are_swapped_back(tmp_path):
     def run(name, *beside):
         swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
