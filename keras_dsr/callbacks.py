@@ -27,6 +27,8 @@ from keras_dsr.layers.neurons import neurons_of
 
 # An epoch that no training comes to.
 _BEYOND = 2**31 - 1
+# Entries of a config that differ with what else the process made, or are drawn.
+_NUMBERED = ("name", "seed", "keras_history", "input_layers", "output_layers")
 # Characters of a setting that are kept; of what is longer, a digest too.
 _LONG = 100
 
@@ -688,19 +690,23 @@ def _kinds_of_metrics(model: keras.Model) -> list[str]:
     found = []
     for metric in model.metrics:
         for each in getattr(metric, "metrics", [metric]):
-            kind, stem = type(each).__name__, re.sub(r"_\d+$", "", each.name)
-            name = "" if stem.replace("_", "") == kind.lower() else f" {each.name!r}"
-            found += [f"{kind}{name} {variable.name} {list(variable.shape)}" for variable in each.variables]
+            kind = type(each).__name__
+            name = "" if _stem(each.name).replace("_", "") == kind.lower() else f" {each.name!r}"
+            found += [f"{kind}{name} {_stem(variable.name)} {list(variable.shape)}" for variable in each.variables]
     return found
+
+
+def _stem(name: str) -> str:
+    return re.sub(r"_\d+$", "", name)
 
 
 def _settings(config: Any, name: str = "") -> dict[str, str]:
     """What a config says, as texts by names such as "layer.config.units".
 
-    Left out are: names, which Keras numbers by what else the process made; seeds, which some layers draw if they get
-    none, and whose state is a variable; and a learning rate that is a number.
+    Left out are: names, which Keras numbers by what else the process made, of the layers that a layer has in it, too;
+    seeds, which some layers draw if they get none, and whose state is a variable; and a learning rate that is a number.
     """
-    if isinstance(config, (list, tuple)) and any(isinstance(each, dict) for each in config):
+    if isinstance(config, (list, tuple)) and _has_dict(config):
         config = {str(number): each for number, each in enumerate(config)}
     if not isinstance(config, dict):
         text = json.dumps(config, sort_keys=True, default=lambda value: type(value).__name__)
@@ -709,9 +715,14 @@ def _settings(config: Any, name: str = "") -> dict[str, str]:
         return {name: text}
     found: dict[str, str] = {}
     for key, value in config.items():
-        if key not in ("name", "seed") and (key != "learning_rate" or isinstance(value, dict)):
+        if key not in _NUMBERED and (key != "learning_rate" or isinstance(value, dict)):
             found |= _settings(value, f"{name}.{key}" if name else key)
     return found
+
+
+def _has_dict(value: Any) -> bool:
+    """Whether a config, or a list of a list, has entries by name."""
+    return isinstance(value, dict) or (isinstance(value, (list, tuple)) and any(_has_dict(each) for each in value))
 
 
 def _differences(expected: Mapping[str, Any], received: Mapping[str, Any]) -> str:

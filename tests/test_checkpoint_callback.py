@@ -530,6 +530,7 @@ def test_metrics_that_keras_numbers_are_the_same(tmp_path):
     class Hits(keras.metrics.SparseCategoricalAccuracy):
         def __init__(self):
             super().__init__(name=None)
+            self.unnamed = self.add_variable((), "zeros")
 
     def go_on(name, *beside):
         checkpoint = Checkpoint(tmp_path / name, every=4)
@@ -543,6 +544,29 @@ def test_metrics_that_keras_numbers_are_the_same(tmp_path):
     name, found = go_on("broken")
     assert found == expected
     assert name.startswith("hits_")
+
+
+def test_a_model_within_a_layer_that_keras_numbers_is_the_same(tmp_path):
+    """Its config has names beside those called so."""
+
+    def go_on(name, *beside, units=6):
+        keras.utils.set_random_seed(3)
+        inputs = keras.Input((8, 1))
+        flat = keras.layers.Flatten()(inputs)
+        hidden = keras.layers.Add()([keras.layers.Dense(units)(flat), keras.layers.Dense(units)(flat)])
+        rows = keras.layers.TimeDistributed(keras.Model(inputs, hidden))
+        parts = [keras.Input((8, 8, 1)), rows, keras.layers.Flatten(), keras.layers.Dense(10)]
+        model, checkpoint = compiled(keras.Sequential(parts)), Checkpoint(tmp_path / name, every=4)
+        fed = {**arrays(checkpoint), "initial_epoch": checkpoint.initial_epoch, "callbacks": [checkpoint, *beside]}
+        model.fit(**fed, epochs=1, verbose=0)
+        return model
+
+    expected = go_on("unbroken")
+    with pytest.raises(Killed):
+        go_on("broken", KillAt(0, 5))
+    with pytest.raises(ValueError, match=r"is of another model.*TimeDistributed.*units=6 and received 7"):
+        go_on("broken", units=7)
+    same(values(go_on("broken")), values(expected))
 
 
 def test_layers_that_draw_their_seeds_go_on_with_those_of_the_file(tmp_path):
