@@ -51,7 +51,7 @@ ALLOWED = {
     "constraints": {"backend"},
     "stream": {"backend", "coding"},
     "data": {"files"},
-    "optimizers": set(),
+    "optimizers": {"backend"},
     "files": set(),
     "graph": set(),
     "stepping": {"backend", "graph", "layers"},
