@@ -1,14 +1,14 @@
 """The same training on one device and on several: weights after 20 steps, side by side, and what a step takes.
 
-    python benchmarks/replicas.py --data-dir DIR         # PreAct-ResNet-20 on 640 images of CIFAR-10
+    python benchmarks/replicas.py --data-dir DIR --precision float64  # PreAct-ResNet-20 on 640 images of CIFAR-10
     python benchmarks/replicas.py --small                # a small network on the digits
 
 TensorFlow: one device, 2 mirrored CPU devices, 2 worker processes. JAX: one device, 2 CPU devices, 2 processes, both
 also with the widest kernels shared. Each has the same seed, and the same global batches in the same order. What differs
 is the order in which sums are rounded. Now and then that is enough for a neuron that is a rounding away from its
-threshold to fire in one of them and not in another; from there on weights part, the faster the higher the learning
-rate. It is 0.001 here for CIFAR-10; `--set learning_rate=0.1` shows how an unstable training parts. How far weights
-come from where they began stands beside the differences.
+threshold to fire in one of them and not in another; from there on weights part, in a deep network by as much as they
+move. In float64 the roundings are too small for that, so there it shows whether anything but rounding differs. How far
+weights come from where they began stands beside the differences.
 
 Steps are timed in the same processes. 2 devices of one machine have no more cores than one, so what they take longer is
 what spreading costs.
@@ -71,9 +71,9 @@ def train(task: dict[str, Any]) -> None:
     """Trains in this process, which may be one of several, and writes weights and times to the task's folder.
 
     Args:
-        task: "settings", "strategy", "data_dir", "folder" and "steps"; for tests also "every", after how many steps
-            weights are written, a divisor of their number, and "threshold_l2", a penalty on thresholds, which recipes
-            leave to the decay of weights.
+        task: "settings", "strategy", "data_dir", "folder" and "steps"; "precision", Keras' dtype policy; for tests
+            also "every", after how many steps weights are written, a divisor of their number, and "threshold_l2", a
+            penalty on thresholds, which recipes leave to the decay of weights.
     """
     import keras
 
@@ -103,6 +103,11 @@ def train(task: dict[str, Any]) -> None:
         def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
             self.at.append(time.perf_counter())
 
+    keras.config.set_dtype_policy(task.get("precision", "float32"))
+    if task.get("precision") == "float64" and keras.backend.backend() == "jax":
+        import jax
+
+        jax.config.update("jax_enable_x64", True)
     devices = training.strategy(**task["strategy"])
     recipe = recipes.get("cifar10-if").with_settings(task["settings"])
     loaded = training.load(recipe, data_dir=None if task["data_dir"] is None else Path(task["data_dir"]))
@@ -176,6 +181,7 @@ def main() -> None:
     parser.add_argument("--data-dir", help="tensorflow-datasets' folder, with CIFAR-10")
     parser.add_argument("--small", action="store_true", help="a small network on the digits, which need no folder")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--precision", choices=["float32", "float64"], default="float32")
     parser.add_argument("--engine", choices=["tensorflow", "jax"], nargs="+", default=["tensorflow", "jax"])
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="as keras-dsr train takes it")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds that one case may take")
@@ -189,6 +195,7 @@ def main() -> None:
 
     settings = {**(SMALL if options.small else FULL), **recipes.parse_settings(options.set)}
     task = {"settings": settings, "data_dir": options.data_dir, "steps": options.steps}
+    task["precision"] = options.precision
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         for number, case in enumerate(case for case in CASES if case[1] in options.engine):
@@ -209,8 +216,8 @@ def main() -> None:
     recipe = recipes.get("cifar10-if").with_settings(settings)
     table = [
         f"{recipe.network}{recipe.depth if recipe.network != 'small_cnn' else ''} on {recipe.data}, IF, "
-        f"N = {recipe.timesteps}, global batch {recipe.batch_size}, learning rate {recipe.learning_rate:g}: largest "
-        f"difference from one device after {options.steps} steps, and the farthest that a trained weight came in them. "
+        f"N = {recipe.timesteps}, global batch {recipe.batch_size}, learning rate {recipe.learning_rate:g}, "
+        f"{options.precision}: largest difference from one device after {options.steps} steps, and the farthest that a trained weight came in them. "
         f"{host['cores']} cores of {host['processor']}, {host['date']}: "
         f"`{host['command']}`.",
         "",
@@ -238,7 +245,7 @@ def main() -> None:
         ),
         "",
     ]
-    name = "replicas_small" if options.small else "replicas"
+    name = f"replicas{'_small' if options.small else ''}{'_float64' if options.precision == 'float64' else ''}"
     write(name, {"machine": host, "options": vars(options), "rows": rows}, "\n".join(table))
     print("\n".join(table))
 
