@@ -217,7 +217,8 @@ def main() -> None:
     table = [
         f"{recipe.network}{recipe.depth if recipe.network != 'small_cnn' else ''} on {recipe.data}, IF, "
         f"N = {recipe.timesteps}, global batch {recipe.batch_size}, learning rate {recipe.learning_rate:g}, "
-        f"{options.precision}: largest difference from one device after {options.steps} steps, and the farthest that a trained weight came in them. "
+        f"{options.precision}: largest difference from one device after {options.steps} steps, and the farthest that "
+        f"a trained weight came in them. "
         f"{host['cores']} cores of {host['processor']}, {host['date']}: "
         f"`{host['command']}`.",
         "",
