@@ -8,7 +8,7 @@ trial, chosen on the validation part, is compared with the paper's defaults (V_t
 trained for as many epochs: on the validation part with the seed of the search, and on the test part, at which the
 search did not look, for several seeds that it did not train with. Verdicts say whether the search took at most 10
 minutes, whether its best network has at least the defaults' mean test accuracy, and whether its alpha is near 0.5.
-The fewer the time steps, the more alpha decides: the second line searches for threshold and alpha at N = 3.
+The second line searches for threshold and alpha alone, at N = 3.
 """
 
 from __future__ import annotations

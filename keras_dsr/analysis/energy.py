@@ -12,8 +12,8 @@ Sources:
   simulated; 23.6 pJ a synaptic operation (least), 81 pJ an update of an active neuron (52 pJ of an inactive one), 1.7
   pJ a spike within its tile.
 - P. A. Merolla et al., "A million spiking-neuron integrated circuit with a scalable communication network and
-  interface", Science 345, 2014: 28 nm; TrueNorth, 26 pJ a synaptic event: the power of all
-  the chip over its events, at 20 Hz and 128 active synapses a neuron.
+  interface", Science 345, 2014: 28 nm; TrueNorth, 26 pJ a synaptic event: the power of all the chip over
+  its events, at 20 Hz and 128 active synapses a neuron.
 - C. Frenkel et al., "A 0.086-mm2 12.7-pJ/SOP 64k-Synapse 256-Neuron Online-Learning Digital Spiking Neuromorphic
   Processor in 28-nm CMOS", IEEE TBioCAS 13(1), 2019: ODIN, 12.7 pJ a synaptic operation (least), neurons included.
 
