@@ -25,6 +25,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_dsr import backend
+
 
 @dataclasses.dataclass(frozen=True)
 class Coding(abc.ABC):
@@ -84,7 +86,7 @@ class Coding(abc.ABC):
         if timesteps is not None:
             weights = ops.convert_to_tensor(self.weights(timesteps), dtype=values.dtype)
         else:
-            age = ops.flip(ops.arange(ops.shape(values)[1], dtype="float32"))
+            age = ops.flip(ops.arange(ops.shape(values)[1], dtype=backend.wide(values.dtype)))
             weights = ops.power(self.decay, age)
             weights = ops.cast(weights / ops.sum(weights), values.dtype)
         return ops.einsum("t,bt...->b...", weights, values)

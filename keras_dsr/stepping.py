@@ -216,7 +216,7 @@ class _Moment:
         static = plain and neuron.timesteps is not None
         current = inputs if static else _current(inputs)[:, 0]
         current = ops.cast(current, neuron.compute_dtype)
-        wide = keras.backend.result_type(current.dtype, "float32")
+        wide = backend.wide(current.dtype)
         features = tuple(current.shape[1:])
         output, representation, potential, count, weight = backend.step(
             current,
@@ -248,7 +248,7 @@ class _Moment:
         """r of all steps so far, for tensors that are no spikes."""
         features = tuple(x.shape[1:])
         # In half precision a sum would soon be too large for what is added to it.
-        wide = keras.backend.result_type(x.dtype, "float32")
+        wide = backend.wide(x.dtype)
         total = self._previous(f"count_{name}", features, x, wide) * decay + ops.cast(x, wide)
         weight = self._previous(f"weight_{name}", (1,) * len(features), x, wide) * decay + 1
         self._code(name, total, weight)

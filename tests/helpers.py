@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import keras
 import numpy as np
 from keras import ops
@@ -34,6 +36,15 @@ OPTIONAL = {
 def numpy(x) -> np.ndarray:
     """A tensor or variable; not by `convert_to_numpy`, whose copy of a variable NumPy 2 deprecates."""
     return np.asarray(x)
+
+
+def wide_floats():
+    """A context in which the backend has float64."""
+    if BACKEND == "tensorflow":
+        return contextlib.nullcontext()
+    import jax
+
+    return jax.enable_x64(True)
 
 
 def vary(model):

@@ -12,8 +12,12 @@
 - `draw(sample, like)`: random numbers for a batch that may be spread over replicas.
 - `to_numpy(value)`: what a variable holds that may be spread over devices and processes.
 
+And `wide(dtypes)`: what sums, potentials and statistics are kept in.
+
 Everything else in the package is written once, with `keras.ops`.
 """
+
+from typing import Any
 
 import keras
 
@@ -51,6 +55,21 @@ else:
         f"Received {keras.backend.backend()!r}; set KERAS_BACKEND before the first import of keras."
     )
 
+
+def wide(*dtypes: Any) -> str:
+    """The widest of some types of floats, and at least float32.
+
+    Keras' own `result_type` narrows float64 to float32 on JAX, whether JAX has 64 bits enabled or not.
+
+    Args:
+        *dtypes: Names of types or what a tensor or variable has as its `dtype`.
+
+    >>> wide("bfloat16"), wide("float16", "float64")
+    ('float32', 'float64')
+    """
+    return "float64" if "float64" in map(keras.backend.standardize_dtype, dtypes) else "float32"
+
+
 __all__ = [
     "batch_norm",
     "carry",
@@ -63,4 +82,5 @@ __all__ = [
     "specs",
     "step",
     "to_numpy",
+    "wide",
 ]

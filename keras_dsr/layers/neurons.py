@@ -134,7 +134,7 @@ class SpikingNeuron(StreamLayer):
             constraint=LowerBound(self.threshold_lower_bound, owner=f"threshold of {self._title}"),
             trainable=self.trainable_threshold,
             # However coarse the layer's own precision: an update would be lost in half of it.
-            dtype=keras.backend.result_type(self.variable_dtype, "float32"),
+            dtype=backend.wide(self.variable_dtype),
             autocast=False,
         )
 
@@ -173,7 +173,7 @@ class SpikingNeuron(StreamLayer):
         return self.jit_compile
 
     def _clamp(self, representation: Any, threshold: Any) -> Any:
-        dtype = keras.backend.result_type(representation.dtype, threshold.dtype)
+        dtype = backend.wide(representation.dtype, threshold.dtype)
         scaled = backend.carry(ops.stop_gradient(threshold), threshold * self.threshold_gradient_scale)
         clamped = self.coding.clamp(ops.cast(representation, dtype), ops.cast(scaled, dtype))
         return ops.cast(clamped, representation.dtype)
@@ -341,7 +341,7 @@ class IFSpike(SpikingNeuron):
         # Where 0 <= I <= V_th, each reset leaves a potential in [(alpha - 1) V_th, alpha V_th), so that the number of
         # spikes is a floor: the simulation's, but for rounding where a potential comes to lie on the firing level.
         steps = self.representation_steps
-        dtype = keras.backend.result_type(current.dtype, "float32")
+        dtype = backend.wide(current.dtype)
         threshold = ops.cast(threshold, dtype)
         spikes = ops.floor(ops.cast(current, dtype) * (steps / threshold) + (1.0 - self.alpha))
         return ops.cast(ops.clip(spikes, 0.0, float(steps)) * (threshold / steps), current.dtype)

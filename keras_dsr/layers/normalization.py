@@ -137,7 +137,7 @@ class BatchNormalization(StreamLayer, keras.layers.BatchNormalization):
 
     @staticmethod
     def _wide(x: Any) -> str:
-        return keras.backend.result_type(x.dtype, "float32")
+        return backend.wide(x.dtype)
 
     def _moving(self, dtype: Any) -> tuple[Any, Any]:
         return ops.cast(self.moving_mean, dtype), ops.cast(self.moving_variance, dtype)

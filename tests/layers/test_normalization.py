@@ -276,6 +276,25 @@ def test_mixed_precision(policy):
     np.testing.assert_allclose(numpy(out.values).astype("float32"), expected, atol=0.05)
 
 
+def test_float64_is_not_narrowed():
+    # Spread so that a mean and a variance in float32 would be wrong by far more than the tolerance.
+    values = make_values().astype("float64") + 1000.0
+    with helpers.wide_floats():
+        stream = Stream(ops.convert_to_tensor(values, "float64"), ops.convert_to_tensor(values.mean(axis=1), "float64"))
+        layer = layers.BatchNormalization(epsilon=1e-5, dtype="float64")
+        neurons = layers.IFSpike(0.25, dtype="float64")
+        currents = layer(stream, training=True)
+        spikes = neurons(currents)
+        mean, variance = values.mean(axis=(0, 1, 2)), values.var(axis=(0, 1, 2))
+        expected = (values - mean) / np.sqrt(variance + 1e-5)
+        np.testing.assert_allclose(numpy(currents.values), expected, rtol=0, atol=1e-10)
+        coded = (values.mean(axis=1) - mean) / np.sqrt(variance + 1e-5)
+        np.testing.assert_allclose(numpy(currents.representation), coded, rtol=0, atol=1e-10)
+        assert set(np.unique(numpy(spikes.values))) == {0.0, 0.25}
+        assert {keras.backend.standardize_dtype(each.dtype) for each in (*currents, *spikes)} == {"float64"}
+        assert neurons.threshold.dtype == layer.moving_mean.dtype == "float64"
+
+
 def test_renorm_is_refused():
     with pytest.raises((TypeError, ValueError), match="renorm"):
         layers.BatchNormalization(renorm=True)
