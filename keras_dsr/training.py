@@ -637,6 +637,7 @@ def fit_epochs(
         augmentation=Augmentation(recipe.augmentation, padding=recipe.padding, cutout=recipe.cutout),
         epochs=epochs,
         first_epoch=first_epoch,
+        own=devices.own(recipe.batch_size),
     )
     validation, validation_steps = None, None
     if len(loaded.validation):
@@ -676,7 +677,7 @@ def dtype_policy(name: str) -> Iterator[None]:
 def _evaluation_batches(loaded: DataSet, part: Part, devices: Strategy) -> tuple[Any, int | None]:
     """What `evaluate` gets of a part, and in how many steps; `None` to go on to its end."""
     size = devices.evaluation_batch_size(128)
-    return devices.evaluation_batches(loaded.batches(part, size), len(part), size)
+    return devices.evaluation_batches(loaded.batches(part, size, own=devices.own(size)), len(part), size)
 
 
 def _accuracy(model: keras.Model, loaded: DataSet, part: Part, devices: Strategy | None = None) -> float | None:

@@ -14,7 +14,7 @@ import sklearn.datasets
 import tensorflow as tf
 from PIL import Image
 
-from keras_dsr.data.parts import ArrayPart, DataSet, Part, Prepare, missing, order, split
+from keras_dsr.data.parts import ArrayPart, DataSet, Part, Prepare, batched, missing, order, split
 
 # Of the training part, as the paper's released code has them, in units of 0..255.
 _CIFAR_STATISTICS = {
@@ -284,6 +284,7 @@ class FilePart(Part):
         prepare: Prepare | None = None,
         seed: tf.Tensor | None = None,
         drop_remainder: bool = False,
+        own: range | None = None,
     ) -> tf.data.Dataset:
         def read(encoded: bytes) -> np.ndarray:
             path = Path(os.fsdecode(encoded))
@@ -300,8 +301,7 @@ class FilePart(Part):
             x = tf.ensure_shape(x, self._shape)
             return x if prepare is None else prepare(x, place), tf.gather(self._labels, number)
 
-        images = tf.data.Dataset.range(len(self)).map(take, num_parallel_calls=tf.data.AUTOTUNE)
-        return images.batch(batch_size, drop_remainder=drop_remainder)
+        return batched(tf.data.Dataset.range(len(self)), take, batch_size, drop_remainder, own)
 
 
 class RecordPart(Part):
@@ -361,14 +361,14 @@ class RecordPart(Part):
         prepare: Prepare | None = None,
         seed: tf.Tensor | None = None,
         drop_remainder: bool = False,
+        own: range | None = None,
     ) -> tf.data.Dataset:
         def take(place: tf.Tensor, record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             x, label = self._parse(record)
             return x if prepare is None else prepare(x, place), label
 
         records = tf.data.TFRecordDataset(self._files) if seed is None else self._shuffled(seed)
-        images = records.enumerate().map(take, num_parallel_calls=tf.data.AUTOTUNE)
-        return images.batch(batch_size, drop_remainder=drop_remainder)
+        return batched(records.enumerate(), take, batch_size, drop_remainder, own)
 
     def _shuffled(self, seed: tf.Tensor) -> tf.data.Dataset:
         files = tf.data.Dataset.from_tensor_slices(tf.gather(self._files, order(len(self.files), seed)))

@@ -42,6 +42,7 @@ class Part(abc.ABC):
         prepare: Prepare | None = None,
         seed: tf.Tensor | None = None,
         drop_remainder: bool = False,
+        own: range | None = None,
     ) -> tf.data.Dataset:
         """One pass over all examples, in batches.
 
@@ -52,10 +53,46 @@ class Part(abc.ABC):
             seed: An int64 scalar that decides the order, and nothing else does; `None` for the order in which they are
                 stored.
             drop_remainder: Whether to leave out what does not fill a batch.
+            own: The places of a batch whose examples are wanted, one after another; what is costly to read or prepare
+                is zeros at all others. `None` for all.
 
         Returns:
             Pairs of inputs (batch, ...), in the dtype in which they are stored, and integer labels (batch,).
         """
+
+
+def batched(
+    examples: tf.data.Dataset,
+    take: Callable[..., tuple[tf.Tensor, tf.Tensor]],
+    batch_size: int,
+    drop_remainder: bool,
+    own: range | None,
+) -> tf.data.Dataset:
+    """Batches of inputs and labels that are taken one by one.
+
+    Args:
+        examples: A place in the pass, an int64, for each of them, and what else `take` gets.
+        take: Gives an input and its label.
+        batch_size: Examples in a batch.
+        drop_remainder: Whether to leave out what does not fill a batch.
+        own: The places of a batch at which `take` is called; inputs and labels at others are zeros. `None` for all.
+
+    Returns:
+        Pairs of inputs (batch, ...) and labels (batch,).
+    """
+    taken = examples.map(take, num_parallel_calls=tf.data.AUTOTUNE)
+    if own is not None:
+        specs = taken.element_spec
+
+        def take_own(place: tf.Tensor, *rest: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            def leave() -> tuple[tf.Tensor, ...]:
+                return tuple(tf.zeros([size or 1 for size in spec.shape], spec.dtype) for spec in specs)
+
+            of_batch = place % batch_size
+            return tf.cond((own.start <= of_batch) & (of_batch < own.stop), lambda: take(place, *rest), leave)
+
+        taken = examples.map(take_own, num_parallel_calls=tf.data.AUTOTUNE)
+    return taken.batch(batch_size, drop_remainder=drop_remainder)
 
 
 def order(count: int, seed: tf.Tensor | None) -> tf.Tensor:
@@ -113,6 +150,7 @@ class ArrayPart(Part):
         prepare: Prepare | None = None,
         seed: tf.Tensor | None = None,
         drop_remainder: bool = False,
+        own: range | None = None,
     ) -> tf.data.Dataset:
         in_order = order(len(self), seed)
 
@@ -130,8 +168,7 @@ class ArrayPart(Part):
             x, labels = take(place[tf.newaxis])
             return prepare(x[0], place), labels[0]
 
-        one_by_one = places.map(take_one, num_parallel_calls=tf.data.AUTOTUNE)
-        return one_by_one.batch(batch_size, drop_remainder=drop_remainder)
+        return batched(places, take_one, batch_size, drop_remainder, own)
 
     def _take(self, numbers: tf.Tensor) -> tf.Tensor:
         if self._x is not None:
@@ -229,6 +266,7 @@ class DataSet:
         augmentation: Augmentation | None = None,
         epochs: int = 1,
         first_epoch: int = 0,
+        own: range | None = None,
     ) -> tf.data.Dataset:
         """Batches for training, in another order each epoch, one epoch after another.
 
@@ -241,6 +279,9 @@ class DataSet:
                 sizes get the central crop of evaluation if "resized_crop" is not among them.
             epochs: How many epochs the run has in all.
             first_epoch: The number of the epoch to begin with, from 0: where a resumed run goes on.
+            own: The places of each batch that this process uses, where several share it
+                (`keras_dsr.distribution.base.Strategy.own`): images are not read from files for others, which hold
+                anything. `None` for all.
 
         Returns:
             Pairs of standardised inputs (batch_size, ...), float32, and labels (batch_size,), int32:
@@ -275,6 +316,7 @@ class DataSet:
                 # The factor keeps the orders of neighbouring seeds apart.
                 seed * 1_000_003 + epoch,
                 drop_remainder=True,
+                own=own,
             )
             return batches.enumerate().map(finish, num_parallel_calls=tf.data.AUTOTUNE)
 
@@ -293,7 +335,9 @@ class DataSet:
             )
         return len(self.train) // batch_size
 
-    def batches(self, part: Part, batch_size: int, seed: int | None = None) -> tf.data.Dataset:
+    def batches(
+        self, part: Part, batch_size: int, seed: int | None = None, own: range | None = None
+    ) -> tf.data.Dataset:
         """Batches of a part as they are stored, for evaluation; the last may be smaller.
 
         Args:
@@ -301,6 +345,7 @@ class DataSet:
             batch_size: Examples in a batch.
             seed: Decides another order, such that the first batches are a sample of all; `None` for the order in which
                 the examples are stored, often class by class.
+            own: As in `training_batches`.
 
         Returns:
             Pairs of standardised inputs (batch, ...), float32, and labels (batch,), int32.
@@ -308,16 +353,19 @@ class DataSet:
         Raises:
             ValueError: if the batch size is not 1 or more.
         """
-        stored = self.stored_batches(part, batch_size, seed)
+        stored = self.stored_batches(part, batch_size, seed, own)
         return stored.map(self._finish, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
 
-    def stored_batches(self, part: Part, batch_size: int, seed: int | None = None) -> tf.data.Dataset:
+    def stored_batches(
+        self, part: Part, batch_size: int, seed: int | None = None, own: range | None = None
+    ) -> tf.data.Dataset:
         """Batches as they are stored, without standardisation: what a client of a served network has.
 
         Args:
             part: `validation`, `test`, or `train` without augmentation.
             batch_size: Examples in a batch.
             seed: As in `batches`.
+            own: As in `training_batches`.
 
         Returns:
             Pairs of inputs (batch, ...), in the dtype in which they are stored, and labels (batch,), int32.
@@ -335,7 +383,7 @@ class DataSet:
             return tf.ensure_shape(x, (x.shape[0], *self.input_shape)), tf.cast(labels, tf.int32)
 
         key = None if seed is None else tf.constant(seed, tf.int64)
-        return part.batches(batch_size, None if self.resize is None else prepare, key).map(shaped)
+        return part.batches(batch_size, None if self.resize is None else prepare, key, own=own).map(shaped)
 
     def _finish(self, x: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         x = tf.ensure_shape(x, (x.shape[0], *self.input_shape))

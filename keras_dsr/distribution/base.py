@@ -83,11 +83,19 @@ class Strategy:
         """What `keras.Model.compile` gets as `jit_compile`."""
         return wanted
 
+    def own(self, batch_size: int) -> range | None:
+        """The places of a global batch that this process uses; `None` for all.
+
+        Args:
+            batch_size: Examples in a global batch.
+        """
+        return None
+
     def training_batches(self, batches: tf.data.Dataset, batch_size: int) -> Any:
         """What `fit` gets: of each global batch the parts of this process's replicas.
 
         Args:
-            batches: Global batches, the same in each process.
+            batches: Global batches, the same in each process at the places that are its own.
             batch_size: Examples in each.
         """
         return batches
@@ -96,7 +104,8 @@ class Strategy:
         """What `evaluate` gets, and how many steps a pass over it has; `None` to go on to its end.
 
         Args:
-            batches: Global batches of one pass, the same in each process; the last may be smaller.
+            batches: Global batches of one pass, the same in each process at the places that are its own; the last may
+                be smaller.
             count: Examples in all of them.
             batch_size: Examples in each but the last; see `evaluation_batch_size`.
         """

@@ -110,6 +110,13 @@ class _Distributed(base.Strategy):
             )
         return model
 
+    def own(self, batch_size: int) -> range | None:
+        if self.processes == 1 or self.replicas == 1:
+            return None
+        each = batch_size // min(self.processes, self.replicas)
+        first = self.engine.data_shard_id * each
+        return range(first, first + each)
+
     def training_batches(self, batches: tf.data.Dataset, batch_size: int) -> Any:
         return self._part(batches, batch_size)
 
@@ -118,11 +125,10 @@ class _Distributed(base.Strategy):
 
     def _part(self, batches: tf.data.Dataset, batch_size: int) -> Any:
         """Of each batch the part of this process; Keras spreads it over the devices."""
-        if self.processes == 1:
+        own = self.own(batch_size)
+        if own is None:
             return batches
-        each = batch_size // min(self.processes, self.replicas)
-        first = self.engine.data_shard_id * each if self.replicas > 1 else 0
-        return batches.map(lambda *batch: tuple(x[first : first + each] for x in batch))
+        return batches.map(lambda *batch: tuple(x[own.start : own.stop] for x in batch))
 
     def gather(self, text: str) -> list[str]:
         if self.processes == 1:

@@ -87,6 +87,12 @@ class _Distributed(base.Strategy):
     def jit_compile(self, wanted: bool | str) -> bool | str:
         return False  # Keras fails to compile a step that is run under a strategy
 
+    def own(self, batch_size: int) -> range | None:
+        if self.processes == 1:
+            return None
+        each = batch_size // self.processes
+        return range(self.process * each, (self.process + 1) * each)
+
     def training_batches(self, batches: tf.data.Dataset, batch_size: int) -> Any:
         return self._parts(batches, batch_size)
 

@@ -211,6 +211,37 @@ def test_imagenets_order_depends_on_the_seed_and_the_epoch_alone(imagenet_dir, c
     assert tuple(np.concatenate([which(x, imagenet) for x, _ in other])) not in orders
 
 
+@pytest.mark.parametrize("changes", [("resized_crop", "flip"), ("flip",)])
+def test_of_imagenet_a_process_decodes_its_own_places_alone(imagenet_dir, changes):
+    imagenet = images.imagenet(imagenet_dir, validation=0)
+    own = range(3, 7)
+    decoded = []
+    parse = imagenet.train._parse
+
+    def counted(record):
+        tf.numpy_function(lambda: decoded.append(1), [], [])
+        return parse(record)
+
+    settings = {"augmentation": Augmentation(changes), "seed": 3, "epochs": 2}
+    whole = as_arrays(imagenet.training_batches(10, **settings))
+    imagenet.train._parse = counted
+    shared = as_arrays(imagenet.training_batches(10, own=own, **settings))
+    # What is fetched ahead, in an epoch more, does not count: there is none.
+    assert len(decoded) == len(own) * len(whole) == 32
+    for (x, labels), (own_x, own_labels) in zip(whole, shared, strict=True):
+        assert own_x.shape == x.shape
+        np.testing.assert_array_equal(own_x[3:7], x[3:7])
+        np.testing.assert_array_equal(own_labels, np.where(np.isin(range(10), own), labels, 0))
+
+    whole = as_arrays(imagenet.batches(imagenet.test, 10))
+    shared = as_arrays(imagenet.batches(imagenet.test, 10, own=range(1, 3)))
+    assert [len(x) for x, _ in shared] == [10, 2]
+    np.testing.assert_array_equal(shared[0][0][1:3], whole[0][0][1:3])
+    np.testing.assert_array_equal(shared[1][0][1:], whole[1][0][1:])
+    assert list(shared[0][1]) == [0, *whole[0][1][1:3], *[0] * 7]
+    assert list(shared[1][1]) == [0, whole[1][1][1]]
+
+
 def test_bad_imagenets_are_refused(imagenet_dir, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"ILSVRC2012_img_train.tar .* by hand"):
         images.imagenet(tmp_path)
@@ -381,6 +412,15 @@ def test_images_that_cannot_be_read_are_named(tmp_path):
         as_arrays(folder.batches(folder.test, 4))
     with pytest.raises(images.ImageError, match=re.escape(str(tmp_path / "none.png"))):
         images.decode(tmp_path / "none.png")
+    # A process whose own places hold other files does not read it.
+    place = folder.test.paths.index(truncated)
+    own = range(1, 4) if place % 4 == 0 else range(place % 4)
+    shared = as_arrays(folder.batches(folder.test, 4, own=own))
+    for number, (path, label) in enumerate(zip(folder.test.paths, folder.test.labels, strict=True)):
+        if number % 4 in own:
+            x, labels = (each[number % 4] for each in shared[number // 4])
+            np.testing.assert_array_equal(x, folder.standardize(images.decode(path)))
+            assert labels == label
 
 
 def test_images_that_cannot_be_read_are_left_out_with_a_warning_that_lists_them(tmp_path):

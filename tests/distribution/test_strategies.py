@@ -8,6 +8,7 @@ import json
 import re
 import socket
 import sys
+import types
 
 import helpers
 import keras
@@ -333,6 +334,25 @@ def test_a_run_goes_on_with_as_many_devices_as_it_was_begun_with(tmp_path):
     runs.check_environment(tmp_path, Three().facts())
     with pytest.raises(ValueError, match=r"begun on other devices.*replicas=3 and received 1"):
         runs.check_environment(tmp_path)
+
+
+def test_processes_share_the_places_of_a_batch():
+    assert training.strategy().own(8) is Three(1).own(8) is None  # one device; one that says nothing
+    if keras.backend.backend() == "tensorflow":
+        from keras_dsr.distribution import tensorflow as engines
+
+        engine = types.SimpleNamespace(num_replicas_in_sync=6)
+        shares = [engines._Distributed("multiworker", engine, True, "auto", 3, process).own(12) for process in range(3)]
+    else:
+        from keras_dsr.distribution import jax as engines
+
+        shares = []
+        for process in range(3):
+            found = engines._Distributed("jax-data-parallel", keras.distribution.DataParallel(auto_shard_dataset=False))
+            found.replicas, found.processes = 6, 3
+            found.engine = types.SimpleNamespace(data_shard_id=process)
+            shares.append(found.own(12))
+    assert shares == [range(4), range(4, 8), range(8, 12)]
 
 
 def test_filled_up_batches_weigh_what_their_examples_do():
