@@ -26,7 +26,8 @@ from keras import ops
 
 from keras_dsr import backend, checkpoints, data, models, runs
 from keras_dsr.analysis import figures, firing
-from keras_dsr.callbacks import CheckFinite, check_tensorboard
+from keras_dsr.callbacks import CheckFinite
+from keras_dsr.callbacks.recording import check_tensorboard
 from keras_dsr.constraints import not_finite
 from keras_dsr.data.augmentation import Augmentation
 from keras_dsr.data.parts import DataSet, Part

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from killed_fit import BATCH, EPOCHS, STEPS, arrays, compiled, data, dataset, network
 
-from keras_dsr import callbacks, checkpoints, distribution, runs
-from keras_dsr.callbacks import Checkpoint, ThresholdHistory
+from keras_dsr import checkpoints, distribution, runs
+from keras_dsr.callbacks import CheckFinite, Checkpoint, FiringRate, SpikeHistograms, ThresholdHistory
+from keras_dsr.callbacks import checkpoint as implementation
 
 SCRIPT = Path(killed_fit.__file__)
 
@@ -369,18 +370,18 @@ def test_best_models_of_before_stay_the_best(tmp_path):
 
 
 def test_keras_still_has_what_is_kept_of_its_callbacks(tmp_path):
-    """If this fails, Keras has changed: look what its callbacks keep now, and change `callbacks._KEPT`."""
+    """If this fails, Keras has changed: look what they keep now, and change `keras_dsr.callbacks.checkpoint._KEPT`."""
     arguments = {
         keras.callbacks.ModelCheckpoint: (tmp_path / "a.keras",),
         keras.callbacks.CSVLogger: (tmp_path / "a.csv",),
         keras.callbacks.TensorBoard: (tmp_path,),
         keras.callbacks.LearningRateScheduler: (abs,),
-        callbacks.FiringRate: (np.ones((1, 2)),),
-        callbacks.SpikeHistograms: (tmp_path, np.ones((1, 2))),
+        FiringRate: (np.ones((1, 2)),),
+        SpikeHistograms: (tmp_path, np.ones((1, 2))),
     }
     changing = {"best": None, "wait": 0}
-    for kind, names in callbacks._KEPT.items():
-        if kind in (keras.callbacks.TensorBoard, callbacks.SpikeHistograms):
+    for kind, names in implementation._KEPT.items():
+        if kind in (keras.callbacks.TensorBoard, SpikeHistograms):
             pytest.importorskip("tensorboard")
         callback = kind(*arguments.get(kind, ()))
         callback.set_model(compiled(network()))
@@ -636,17 +637,17 @@ def test_other_places_versions_and_callbacks_are_refused(folder, monkeypatch):
     with pytest.raises(ValueError, match=r"begun on other devices.*replicas=1 and received 3"):
         Checkpoint(folder, callbacks=of, devices=Three())
     with pytest.raises(ValueError, match=r"with the callbacks \['ThresholdHistory'\]\. Received \['CheckFinite'"):
-        Checkpoint(folder, callbacks=[callbacks.CheckFinite(), *of])
+        Checkpoint(folder, callbacks=[CheckFinite(), *of])
     backend = {"tensorflow": "jax", "jax": "tensorflow"}[keras.backend.backend()]
     monkeypatch.setattr(runs.keras.backend, "backend", lambda: backend)
     with pytest.raises(ValueError, match=r"begun with the Keras backend.*set KERAS_BACKEND="):
         Checkpoint(folder, callbacks=of)
     monkeypatch.undo()
-    versions = callbacks.versions
-    monkeypatch.setattr(callbacks, "versions", lambda: {**versions(), "keras": "4.0.0"})
+    versions = implementation.versions
+    monkeypatch.setattr(implementation, "versions", lambda: {**versions(), "keras": "4.0.0"})
     with pytest.raises(ValueError, match=r"other versions of packages.*Expected keras=3\.\S+ and received 4\.0\.0\."):
         Checkpoint(folder, callbacks=of)
-    monkeypatch.setattr(callbacks, "versions", lambda: {**versions(), "python": "3.99"})
+    monkeypatch.setattr(implementation, "versions", lambda: {**versions(), "python": "3.99"})
     assert Checkpoint(folder, callbacks=of).initial_epoch == 1
 
 

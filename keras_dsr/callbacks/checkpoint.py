@@ -1,4 +1,4 @@
-"""Keras callbacks for the training of spiking networks."""
+"""A `fit` that goes on where a kill ended it, to the same weights."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ import keras
 import numpy as np
 
 from keras_dsr import backend, checkpoints
-from keras_dsr.analysis.firing import thresholds
-from keras_dsr.analysis.tracing import Recorder, Tracer
-from keras_dsr.constraints import not_finite
+from keras_dsr.callbacks.finite import CheckFinite
+from keras_dsr.callbacks.recording import FiringRate, SpikeHistograms, at_least_one
 from keras_dsr.distribution import Strategy
 from keras_dsr.distribution.base import check_backend, check_devices, versions
 from keras_dsr.files import remove_left_over
-from keras_dsr.layers.neurons import neurons_of
 
 # An epoch that no training comes to.
 _BEYOND = 2**31 - 1
@@ -31,43 +29,6 @@ _BEYOND = 2**31 - 1
 _NUMBERED = ("name", "seed", "keras_history", "input_layers", "output_layers")
 # Characters of a setting that are kept; of what is longer, a digest too.
 _LONG = 100
-
-
-class CheckFinite(keras.callbacks.Callback):
-    """Stops training with an error that names the layer, as soon as a loss, threshold or weight is NaN or infinite.
-
-    Weights are looked at after each epoch, ahead of callbacks that come later and may save them, and after a batch only
-    if its loss is not finite. Thresholds are first: one that is no number makes its layer's spikes none, and so the
-    loss.
-
-    Raises:
-        ValueError: from `fit`, if a loss, threshold or weight is NaN or infinite.
-    """
-
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        if math.isfinite(float((logs or {}).get("loss", 0.0))):
-            return
-        self._check_weights(f"at batch {batch}")
-        raise ValueError(
-            f"The loss is not a finite number at batch {batch}, though all weights are: look for NaN in the data, or "
-            "for labels out of range."
-        )
-
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        self._check_weights(f"at the end of epoch {epoch + 1}")
-
-    def _check_weights(self, when: str) -> None:
-        model = self.model
-        for layer in neurons_of(model):
-            if not math.isfinite(float(backend.to_numpy(layer.threshold.value))):
-                raise ValueError(not_finite(f"threshold of {type(layer).__name__} {layer.name!r}"))
-        for layer in model._flatten_layers(include_self=False, recursive=True):
-            for weight in layer._trainable_variables + layer._non_trainable_variables:
-                if not np.isfinite(backend.to_numpy(weight.value)).all():
-                    raise ValueError(
-                        f"Weights of layer {layer.name!r} ({weight.path}) are no longer finite numbers {when}. Lower "
-                        "the learning rate, clip the gradients with clipnorm, or look for NaN in the data."
-                    )
 
 
 class Checkpoint(keras.callbacks.Callback):
@@ -136,7 +97,7 @@ class Checkpoint(keras.callbacks.Callback):
         if every != "epoch":
             if isinstance(every, str):
                 raise ValueError(f"every is 'epoch', or a number of batches. Received every={every!r}.")
-            _at_least_one("every", every)
+            at_least_one("every", every)
         self.every = every
         self.callbacks = tuple(callbacks)
         for callback in self.callbacks:
@@ -432,146 +393,6 @@ class _Skipping:
         return (self._logs, *state) if state else self._logs
 
 
-class FiringRate(keras.callbacks.Callback):
-    """Puts the firing rates of all neuron layers on fixed samples into the logs of each epoch.
-
-    `History`, `CSVLogger` and `TensorBoard` find them there, if they come later in the list of callbacks:
-    `firing_rate`, over all neurons, and `firing_rate_LAYER`. Nothing is asked of the model between.
-
-    What it costs: one inference of the samples an epoch, with spikes counted where the model runs; and compiling that
-    once.
-
-    Args:
-        x: Samples to look at, of shape (samples, ...): some hundred of the validation part, say.
-        batch_size: Samples that run at once.
-        every: Number of epochs from one look to the next; the first looks too.
-
-    Raises:
-        ValueError: if there are no samples or `every` is below 1; from `fit`, if the model has no spiking layers or no
-            time steps.
-    """
-
-    def __init__(self, x: Any, batch_size: int = 128, every: int = 1) -> None:
-        super().__init__()
-        self.x = _samples(x)
-        self.batch_size = batch_size
-        self.every = _at_least_one("every", every)
-
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        self._trace = Tracer(self.model)
-
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        if logs is None or epoch % self.every:
-            return
-        traced = self._trace(self.x, self.batch_size)
-        logs["firing_rate"] = traced.firing_rate
-        logs.update({f"firing_rate_{name}": rate for name, rate in traced.firing_rates.items()})
-
-
-class ThresholdHistory(keras.callbacks.Callback):
-    """Keeps the threshold of every neuron layer, and puts it into the logs of each epoch as `threshold_LAYER`.
-
-    What it costs: reading one number a layer.
-
-    Args:
-        every: Number of batches from one reading to the next; `None` to read at the end of epochs alone.
-
-    Attributes:
-        history: For each neuron layer, by name and in order, its thresholds: ahead of the first batch, then as they
-            were read.
-
-    Raises:
-        ValueError: if `every` is below 1; from `fit`, if the model has no spiking layers.
-    """
-
-    def __init__(self, every: int | None = None) -> None:
-        super().__init__()
-        self.every = None if every is None else _at_least_one("every", every)
-        self.history: dict[str, list[float]] = {}
-        self._batches = 0
-
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        if not neurons_of(self.model):
-            raise ValueError(f"Model {self.model.name!r} has no spiking layers (IFSpike, LIFSpike) with a threshold.")
-        if not self.history:
-            self._read()
-
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        self._batches += 1
-        if self.every is not None and self._batches % self.every == 0:
-            self._read()
-
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        found = thresholds(self.model) if self.every is not None else self._read()
-        if logs is not None:
-            logs.update({f"threshold_{name}": value for name, value in found.items()})
-
-    def get_state(self) -> dict[str, Any]:
-        """What `Checkpoint` keeps of it."""
-        return {"history": self.history, "batches": self._batches}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on from what `get_state` gave."""
-        self.history = {name: list(values) for name, values in state["history"].items()}
-        self._batches = state["batches"]
-
-    def _read(self) -> dict[str, float]:
-        found = thresholds(self.model)
-        for name, value in found.items():
-            self.history.setdefault(name, []).append(value)
-        return found
-
-
-class SpikeHistograms(keras.callbacks.Callback):
-    """Writes for TensorBoard, an epoch: histograms of currents, potentials and firing rates of each neuron layer.
-
-    `LAYER/current` has I[n] and `LAYER/potential` V[n] in units of V_th, of all neurons, steps and samples;
-    `LAYER/firing_rate` the rates of single neurons; `LAYER/threshold` is V_th, a scalar.
-
-    What it costs: an inference of the samples an epoch, which comes back with all currents and spikes, about 8 bytes
-    for each neuron, step and sample: 16 samples are enough; and compiling that once.
-
-    Args:
-        log_dir: Folder for the logs, such as that of `keras.callbacks.TensorBoard`, or a folder in it.
-        x: Samples to look at, of shape (samples, ...).
-        every: Number of epochs from one look to the next; the first looks too.
-
-    Raises:
-        ValueError: if there are no samples or `every` is below 1; from `fit`, if the model has no spiking layers or no
-            time steps.
-        ImportError: if TensorFlow or TensorBoard is not installed.
-    """
-
-    def __init__(self, log_dir: str | os.PathLike[str], x: Any, every: int = 1) -> None:
-        super().__init__()
-        check_tensorboard()
-        import tensorflow as tf
-
-        self.x = _samples(x)
-        self.every = _at_least_one("every", every)
-        self._summary = tf.summary
-        self._log_dir = os.fspath(log_dir)
-
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        self._record = Recorder(self.model)  # raises, ahead of what a writer would leave
-        self._writer = self._summary.create_file_writer(self._log_dir)
-
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        if epoch % self.every:
-            return
-        (recorded,) = self._record(self.x, len(self.x))
-        with self._writer.as_default(epoch):
-            for name, layer in recorded.items():
-                self._summary.histogram(f"{name}/current", layer.currents / layer.threshold)
-                self._summary.histogram(f"{name}/potential", layer.potentials / layer.threshold)
-                self._summary.histogram(f"{name}/firing_rate", layer.spikes.mean(axis=(0, 1)))
-                self._summary.scalar(f"{name}/threshold", layer.threshold)
-        self._writer.flush()
-
-    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        self._writer.close()
-
-
 # What of Keras's callbacks changes as they are called; of their subclasses it may be more.
 _KEPT: dict[type[keras.callbacks.Callback], tuple[str, ...]] = {
     keras.callbacks.EarlyStopping: ("wait", "stopped_epoch", "best", "best_weights", "best_epoch"),
@@ -741,32 +562,3 @@ def _differing_layers(expected: list[dict[str, Any]], received: list[dict[str, A
         if differing:
             return f"of {now['kind']} {now['name']!r} {differing}"
     return ""
-
-
-def check_tensorboard() -> None:
-    """Raises, if TensorBoard's logs cannot be written: Keras and TensorFlow fail late and unclearly without it.
-
-    Raises:
-        ImportError: if TensorFlow or TensorBoard is not installed.
-    """
-    try:
-        import tensorboard  # noqa: F401
-        import tensorflow as tf  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "TensorBoard's logs need the packages tensorboard and tensorflow. Install them with: "
-            "pip install 'keras-dsr[tensorboard]'."
-        ) from error
-
-
-def _samples(x: Any) -> np.ndarray:
-    x = np.asarray(x)
-    if not x.ndim or not len(x):
-        raise ValueError(f"Samples to look at are an array (samples, ...) of at least one. Received shape {x.shape}.")
-    return x
-
-
-def _at_least_one(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is a whole number of at least 1. Received {name}={value!r}.")
-    return value
