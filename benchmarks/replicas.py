@@ -262,7 +262,7 @@ def main() -> None:
         "",
     ]
     name = f"replicas{'_small' if options.small else ''}{'_float64' if options.precision == 'float64' else ''}"
-    write(name, {"machine": host, "options": vars(options), "rows": rows}, "\n".join(table))
+    write(name, {"machine": host, "options": {**vars(options), "data_dir": "DIR"}, "rows": rows}, "\n".join(table))
     print("\n".join(table))
 
 

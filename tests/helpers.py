@@ -44,7 +44,7 @@ def wide_floats():
         return contextlib.nullcontext()
     import jax
 
-    return jax.enable_x64(True)
+    return (getattr(jax, "enable_x64", None) or jax.experimental.enable_x64)(True)
 
 
 def vary(model):

@@ -59,7 +59,8 @@ else:
 def wide(*dtypes: Any) -> str:
     """The widest of some types of floats, and at least float32.
 
-    Keras' own `result_type` narrows float64 to float32 on JAX, whether JAX has 64 bits enabled or not.
+    Keras' own `result_type` narrows float64 to float32 on JAX, whether JAX has 64 bits enabled or not. So do some of
+    its operations, `ops.mean` and `ops.floor` among them, and its layers that use them.
 
     Args:
         *dtypes: Names of types or what a tensor or variable has as its `dtype`.

@@ -53,8 +53,8 @@ class Checkpoint(keras.callbacks.Callback):
 
     Callbacks: give those whose state must go on as `callbacks`, not to `fit`: they are called as `fit` would call them,
     ahead of the writing. Keras's own are known (EarlyStopping, ReduceLROnPlateau, ModelCheckpoint, SwapEMAWeights,
-    TensorBoard, CSVLogger, LearningRateScheduler, LambdaCallback, TerminateOnNaN), and those of this module. One of
-    your own has `get_state()`, of dicts with texts as keys, lists, numbers, texts, `None` and NumPy arrays, and
+    TensorBoard, CSVLogger, LearningRateScheduler, LambdaCallback, TerminateOnNaN), and those of `keras_dsr.callbacks`.
+    One of your own has `get_state()`, of dicts with texts as keys, lists, numbers, texts, `None` and NumPy arrays, and
     `set_state(state)`, which is called after `on_train_begin`; within an epoch after `on_epoch_begin`, too. What a
     callback did outside of the process after the last checkpoint, such as a row in a log, is done once more.
 

@@ -53,8 +53,8 @@ class Part(abc.ABC):
             seed: An int64 scalar that decides the order, and nothing else does; `None` for the order in which they are
                 stored.
             drop_remainder: Whether to leave out what does not fill a batch.
-            own: The places of a batch whose examples are wanted, one after another; what is costly to read or prepare
-                is zeros at all others. `None` for all.
+            own: The places of a batch whose examples are wanted, one after another; what would be costly to read or to
+                prepare is zeros at all others. `None` for all.
 
         Returns:
             Pairs of inputs (batch, ...), in the dtype in which they are stored, and integer labels (batch,).
@@ -72,7 +72,7 @@ def batched(
 
     Args:
         examples: A place in the pass, an int64, for each of them, and what else `take` gets.
-        take: Gives an input and its label.
+        take: Gives an input and its label; all inputs have one shape, which is known.
         batch_size: Examples in a batch.
         drop_remainder: Whether to leave out what does not fill a batch.
         own: The places of a batch at which `take` is called; inputs and labels at others are zeros. `None` for all.
@@ -154,14 +154,15 @@ class ArrayPart(Part):
     ) -> tf.data.Dataset:
         in_order = order(len(self), seed)
 
-        def take(places: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        def take(places: tf.Tensor, own: range | None = None) -> tuple[tf.Tensor, tf.Tensor]:
             numbers = tf.gather(in_order, places)
-            return self._take(numbers), tf.gather(self._labels, numbers)
+            x = self._take(numbers) if own is None or self._x is not None else self._take_own(numbers, own)
+            return x, tf.gather(self._labels, numbers)
 
         places = tf.data.Dataset.range(len(self))
         if prepare is None:  # whole batches at once, which is many times faster
             return places.batch(batch_size, drop_remainder=drop_remainder).map(
-                take, num_parallel_calls=tf.data.AUTOTUNE
+                lambda places: take(places, own), num_parallel_calls=tf.data.AUTOTUNE
             )
 
         def take_one(place: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -175,6 +176,13 @@ class ArrayPart(Part):
             return tf.gather(self._x, numbers)
         x = tf.numpy_function(lambda chosen: self.x[chosen], [numbers], self.x.dtype, stateful=False)
         return tf.ensure_shape(x, (numbers.shape[0], *self.x.shape[1:]))
+
+    def _take_own(self, numbers: tf.Tensor, own: range) -> tf.Tensor:
+        """Of a batch from the memory map the inputs at its own places, and zeros."""
+        x = self._take(numbers[own.start : own.stop])
+        before = tf.minimum(own.start, tf.size(numbers))
+        zeros = [[before, tf.size(numbers) - before - tf.shape(x)[0]], *[[0, 0]] * (x.shape.rank - 1)]
+        return tf.ensure_shape(tf.pad(x, zeros), (numbers.shape[0], *self.x.shape[1:]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,8 +288,8 @@ class DataSet:
             epochs: How many epochs the run has in all.
             first_epoch: The number of the epoch to begin with, from 0: where a resumed run goes on.
             own: The places of each batch that this process uses, where several share it
-                (`keras_dsr.distribution.base.Strategy.own`): images are not read from files for others, which hold
-                anything. `None` for all.
+                (`keras_dsr.distribution.base.Strategy.own`): nothing is decoded or read from a memory map for others,
+                which hold anything. `None` for all.
 
         Returns:
             Pairs of standardised inputs (batch_size, ...), float32, and labels (batch_size,), int32:
@@ -289,9 +297,10 @@ class DataSet:
 
         Raises:
             ValueError: if the batch size is not in 1..number of training examples, the first epoch is not in 0..epochs,
-                or the augmentation does not work on inputs of this shape.
+                own places are not some of the batch's, or the augmentation does not work on inputs of this shape.
         """
         self.steps(batch_size)
+        _check_own(own, batch_size)
         if not 0 <= first_epoch <= epochs:
             raise ValueError(
                 f"first_epoch is from 0 to the {epochs} epochs of the run. Received first_epoch={first_epoch!r}."
@@ -375,6 +384,7 @@ class DataSet:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more. Received batch_size={batch_size!r}.")
+        _check_own(own, batch_size)
 
         def prepare(x: tf.Tensor, place: tf.Tensor) -> tf.Tensor:
             return Augmentation().each(x, tf.zeros([2], tf.int64), self.input_shape, self.resize)
@@ -388,6 +398,14 @@ class DataSet:
     def _finish(self, x: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         x = tf.ensure_shape(x, (x.shape[0], *self.input_shape))
         return self.standardize(x), tf.cast(labels, tf.int32)
+
+
+def _check_own(own: range | None, batch_size: int) -> None:
+    if own is not None and not (own.step == 1 and 0 <= own.start < own.stop <= batch_size):
+        raise ValueError(
+            f"own places are a range within those of a batch, 0..{batch_size - 1}, such as "
+            f"devices.own({batch_size}) gives for that size. Received own={own!r}."
+        )
 
 
 def padded(batches: tf.data.Dataset, count: int, batch_size: int) -> tf.data.Dataset:

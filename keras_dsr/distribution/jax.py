@@ -40,6 +40,12 @@ def make(devices: str, replicas: int | None, model_shards: int, wide: int) -> ba
             f"model_shards is 2 or more and divides the number of devices, {len(names)}. "
             f"Received model_shards={model_shards!r}."
         )
+    shared, several = len(names) // model_shards, jax.process_count()
+    if shared % several and several % shared:
+        raise ValueError(
+            f"Each process has whole replicas, or each replica has whole processes. Received {several} processes and "
+            f"{shared} replicas ({len(names)} devices, model_shards={model_shards}); change one of them."
+        )
     mesh = keras.distribution.DeviceMesh((len(names) // model_shards, model_shards), ("batch", "model"), names)
     return _Distributed(devices, _WideKernels(mesh, wide))
 

@@ -102,15 +102,11 @@ class _Distributed(base.Strategy):
 
     def _parts(self, batches: tf.data.Dataset, batch_size: int) -> Any:
         """Each batch in parts, of which the replica of number k gets the k-th."""
+        own = self.own(batch_size) or range(batch_size)
         here = self.replicas // self.processes
-        first = self.process * here
 
         def split(*batch: tf.Tensor) -> tuple[tf.Tensor, ...]:
-            def own(x: tf.Tensor) -> tf.Tensor:
-                each = batch_size // self.replicas
-                return tf.reshape(x, (self.replicas, each, *x.shape[1:]))[first : first + here]
-
-            return tuple(map(own, batch))
+            return tuple(tf.reshape(x[own.start : own.stop], (here, -1, *x.shape[1:])) for x in batch)
 
         parts = batches.map(split).unbatch().prefetch(2 * here)
         return self.engine.distribute_datasets_from_function(lambda context: parts)

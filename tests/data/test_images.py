@@ -226,7 +226,6 @@ def test_of_imagenet_a_process_decodes_its_own_places_alone(imagenet_dir, change
     whole = as_arrays(imagenet.training_batches(10, **settings))
     imagenet.train._parse = counted
     shared = as_arrays(imagenet.training_batches(10, own=own, **settings))
-    # What is fetched ahead, in an epoch more, does not count: there is none.
     assert len(decoded) == len(own) * len(whole) == 32
     for (x, labels), (own_x, own_labels) in zip(whole, shared, strict=True):
         assert own_x.shape == x.shape

@@ -107,6 +107,31 @@ def test_a_memory_map_gives_the_batches_of_an_array(tmp_path):
     assert_same(as_arrays(data_set().batches(mapped, 8)), as_arrays(data_set().batches(part, 8)))
 
 
+@pytest.mark.parametrize("changes", [("flip",), ("resized_crop",)])
+def test_a_process_reads_its_own_places_of_a_memory_map_alone(tmp_path, changes):
+    np.save(tmp_path / "x.npy", numbered().x + 1)
+    mapped = ArrayPart(np.load(tmp_path / "x.npy", mmap_mode="r"), numbered().labels)
+    data = data_set(mapped)
+
+    def training(own=None):
+        return as_arrays(data.training_batches(8, seed=0, augmentation=Augmentation(changes), own=own))
+
+    for whole, shares in (
+        (training(), [training(range(3)), training(range(3, 8))]),
+        (
+            as_arrays(data.batches(mapped, 8)),  # the last has 2
+            [as_arrays(data.batches(mapped, 8, own=own)) for own in (range(3), range(3, 8))],
+        ),
+    ):
+        assert len(whole) == len(shares[0]) == len(shares[1])
+        for (x, labels), (first, first_labels), (second, second_labels) in zip(whole, *shares, strict=True):
+            assert len(first) == len(second) == len(x)
+            np.testing.assert_array_equal(np.concatenate([first[:3], second[3:]]), x)
+            np.testing.assert_array_equal(np.concatenate([first_labels[:3], second_labels[3:]]), labels)
+            for elsewhere in (first[3:], second[:3]):
+                assert not len(elsewhere) or not np.ptp(elsewhere)  # a zero, standardised
+
+
 @pytest.mark.parametrize("changes", [(), ("resized_crop",)])
 def test_an_epoch_has_each_example_once_with_its_label(changes):
     data = data_set(numbered(48))
@@ -256,6 +281,9 @@ def test_data_sets_that_do_not_fit_together_are_refused(settings, message):
         ({"batch_size": 8, "first_epoch": -1}, "first_epoch is from 0 to the 1 epochs of the run"),
         ({"batch_size": 8, "epochs": 3, "first_epoch": 4}, "Received first_epoch=4"),
         ({"batch_size": 8, "augmentation": Augmentation(("autoaugment",))}, "'autoaugment' works on colour images"),
+        ({"batch_size": 8, "own": range(8, 12)}, r"a batch, 0\.\.7, .* Received own=range\(8, 12\)"),
+        ({"batch_size": 8, "own": range(0, 8, 2)}, r"Received own=range\(0, 8, 2\)"),
+        ({"batch_size": 8, "own": range(4, 4)}, r"Received own=range\(4, 4\)"),
     ],
 )
 def test_bad_batches_are_refused(arguments, message):
@@ -267,6 +295,8 @@ def test_bad_evaluation_batches_are_refused():
     data = data_set()
     with pytest.raises(ValueError, match=r"1 or more\. Received batch_size=0"):
         data.batches(data.test, 0)
+    with pytest.raises(ValueError, match=r"Received own=range\(0, 9\)"):
+        data.batches(data.test, 8, own=range(9))
 
 
 def test_inputs_of_another_shape_than_the_data_set_says_are_refused():

@@ -17,7 +17,7 @@ import pytest
 
 from keras_dsr import checkpoints, data, distribution, files, layers, recipes, runs, training
 from keras_dsr.callbacks import CheckFinite
-from keras_dsr.data.parts import padded
+from keras_dsr.data.parts import batched, padded
 from keras_dsr.distribution import base
 from keras_dsr.export.functions import Network
 
@@ -329,6 +329,16 @@ def test_what_jax_has_no_choice_of():
         training.strategy("jax-model-parallel", model_shards=1)
 
 
+@JAX_ONLY
+def test_replicas_that_would_be_cut_in_halves_are_an_error(monkeypatch):
+    import jax
+
+    monkeypatch.setattr(keras.distribution, "list_devices", lambda: [f"cpu:{number}" for number in range(6)])
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"Received 2 processes and 3 replicas \(6 devices, model_shards=2\)"):
+        training.strategy("jax-model-parallel", model_shards=2)
+
+
 def test_a_run_goes_on_with_as_many_devices_as_it_was_begun_with(tmp_path):
     runs.check_environment(tmp_path, Three().facts())
     runs.check_environment(tmp_path, Three().facts())
@@ -336,23 +346,56 @@ def test_a_run_goes_on_with_as_many_devices_as_it_was_begun_with(tmp_path):
         runs.check_environment(tmp_path)
 
 
-def test_processes_share_the_places_of_a_batch():
-    assert training.strategy().own(8) is Three(1).own(8) is None  # one device; one that says nothing
+def several(process):
+    """One of 3 processes with 6 replicas, without the others."""
     if keras.backend.backend() == "tensorflow":
         from keras_dsr.distribution import tensorflow as engines
 
-        engine = types.SimpleNamespace(num_replicas_in_sync=6)
-        shares = [engines._Distributed("multiworker", engine, True, "auto", 3, process).own(12) for process in range(3)]
-    else:
-        from keras_dsr.distribution import jax as engines
+        engine = types.SimpleNamespace(
+            num_replicas_in_sync=6, distribute_datasets_from_function=lambda make: make(None)
+        )
+        return engines._Distributed("multiworker", engine, True, "auto", 3, process)
+    from keras_dsr.distribution import jax as engines
 
-        shares = []
-        for process in range(3):
-            found = engines._Distributed("jax-data-parallel", keras.distribution.DataParallel(auto_shard_dataset=False))
-            found.replicas, found.processes = 6, 3
-            found.engine = types.SimpleNamespace(data_shard_id=process)
-            shares.append(found.own(12))
-    assert shares == [range(4), range(4, 8), range(8, 12)]
+    engine = keras.distribution.DataParallel(auto_shard_dataset=False)
+    devices = engines._Distributed("jax-data-parallel", engine)
+    devices.replicas, devices.processes = 6, 3
+    devices.engine = types.SimpleNamespace(data_shard_id=process)
+    return devices
+
+
+def test_processes_share_the_places_of_a_batch():
+    import tensorflow as tf
+
+    assert training.strategy().own(12) is None
+    assert [several(process).own(12) for process in range(3)] == [range(4), range(4, 8), range(8, 12)]
+    trained, evaluated = [], []
+    for process in range(3):
+        devices, seen = several(process), []
+
+        def take(number, seen=seen):
+            seen.append(number)
+            return np.float32(number + 1), number
+
+        def batches(count, drop_remainder, take=take, devices=devices):
+            def one(number):
+                x, label = tf.numpy_function(take, [number], (tf.float32, tf.int64))
+                return tf.ensure_shape(x, ()), tf.ensure_shape(label, ())
+
+            return batched(tf.data.Dataset.range(count), one, 12, drop_remainder, devices.own(12))
+
+        for x, labels in devices.training_batches(batches(24, True), 12).as_numpy_iterator():
+            np.testing.assert_array_equal(x, labels + 1)
+            trained.extend(labels)
+        # All that it has taken is its own, and all of that came.
+        assert len(seen) == 8
+        parts, steps = devices.evaluation_batches(batches(20, False), 20, 12)  # the last batch has 8
+        assert steps == 2
+        for x, labels, weights in parts.take(steps * (2 if helpers.BACKEND == "tensorflow" else 1)).as_numpy_iterator():
+            np.testing.assert_array_equal(x[weights > 0], labels[weights > 0] + 1)
+            evaluated.extend(labels[weights > 0])
+    assert sorted(trained) == list(range(24))
+    assert sorted(evaluated) == list(range(20))
 
 
 def test_filled_up_batches_weigh_what_their_examples_do():
