@@ -360,7 +360,7 @@ class DataSet:
             Pairs of standardised inputs (batch, ...), float32, and labels (batch,), int32.
 
         Raises:
-            ValueError: if the batch size is not 1 or more.
+            ValueError: if the batch size is not 1 or more, or own places are not some of the batch's.
         """
         stored = self.stored_batches(part, batch_size, seed, own)
         return stored.map(self._finish, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
@@ -380,7 +380,7 @@ class DataSet:
             Pairs of inputs (batch, ...), in the dtype in which they are stored, and labels (batch,), int32.
 
         Raises:
-            ValueError: if the batch size is not 1 or more.
+            ValueError: if the batch size is not 1 or more, or own places are not some of the batch's.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more. Received batch_size={batch_size!r}.")

@@ -88,6 +88,9 @@ class Strategy:
 
         Args:
             batch_size: Examples in a global batch.
+
+        Raises:
+            ValueError: if a batch cannot be spread evenly, see `check_batch_size`.
         """
         return None
 

@@ -117,6 +117,7 @@ class _Distributed(base.Strategy):
         return model
 
     def own(self, batch_size: int) -> range | None:
+        self.check_batch_size(batch_size)
         if self.processes == 1 or self.replicas == 1:
             return None
         each = batch_size // min(self.processes, self.replicas)

@@ -88,6 +88,7 @@ class _Distributed(base.Strategy):
         return False  # Keras fails to compile a step that is run under a strategy
 
     def own(self, batch_size: int) -> range | None:
+        self.check_batch_size(batch_size)
         if self.processes == 1:
             return None
         each = batch_size // self.processes
@@ -102,11 +103,13 @@ class _Distributed(base.Strategy):
 
     def _parts(self, batches: tf.data.Dataset, batch_size: int) -> Any:
         """Each batch in parts, of which the replica of number k gets the k-th."""
-        own = self.own(batch_size) or range(batch_size)
+        own = self.own(batch_size)
+        first, last = (0, batch_size) if own is None else (own.start, own.stop)
         here = self.replicas // self.processes
 
         def split(*batch: tf.Tensor) -> tuple[tf.Tensor, ...]:
-            return tuple(tf.reshape(x[own.start : own.stop], (here, -1, *x.shape[1:])) for x in batch)
+            whole = (tf.ensure_shape(x, (batch_size, *x.shape[1:])) for x in batch)
+            return tuple(tf.reshape(x[first:last], (here, (last - first) // here, *x.shape[1:])) for x in whole)
 
         parts = batches.map(split).unbatch().prefetch(2 * here)
         return self.engine.distribute_datasets_from_function(lambda context: parts)

@@ -394,6 +394,11 @@ def test_processes_share_the_places_of_a_batch():
         for x, labels, weights in parts.take(steps * (2 if helpers.BACKEND == "tensorflow" else 1)).as_numpy_iterator():
             np.testing.assert_array_equal(x[weights > 0], labels[weights > 0] + 1)
             evaluated.extend(labels[weights > 0])
+    for size in (13, 2):
+        with pytest.raises(ValueError, match=rf"evenly over 6 replicas\. Received batch_size={size}; set it to "):
+            several(0).own(size)
+        with pytest.raises(ValueError, match=rf"Received batch_size={size}"):
+            several(0).training_batches(tf.data.Dataset.range(26).batch(size), size)
     assert sorted(trained) == list(range(24))
     assert sorted(evaluated) == list(range(20))
 
