@@ -86,7 +86,7 @@ def batched(
 
         def take_own(place: tf.Tensor, *rest: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             def leave() -> tuple[tf.Tensor, ...]:
-                return tuple(tf.zeros([size or 1 for size in spec.shape], spec.dtype) for spec in specs)
+                return tuple(tf.zeros(spec.shape, spec.dtype) for spec in specs)
 
             of_batch = place % batch_size
             return tf.cond((own.start <= of_batch) & (of_batch < own.stop), lambda: take(place, *rest), leave)

@@ -108,7 +108,7 @@ def test_a_memory_map_gives_the_batches_of_an_array(tmp_path):
 
 
 @pytest.mark.parametrize("changes", [("flip",), ("resized_crop",)])
-def test_a_process_reads_its_own_places_of_a_memory_map_alone(tmp_path, changes):
+def test_a_process_gets_its_own_places_of_a_memory_map_and_zeros(tmp_path, changes):
     np.save(tmp_path / "x.npy", numbered().x + 1)
     mapped = ArrayPart(np.load(tmp_path / "x.npy", mmap_mode="r"), numbered().labels)
     data = data_set(mapped)
