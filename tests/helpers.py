@@ -44,7 +44,9 @@ def wide_floats():
         return contextlib.nullcontext()
     import jax
 
-    return (getattr(jax, "enable_x64", None) or jax.experimental.enable_x64)(True)
+    # A name of `jax.experimental` in older releases; where `jax` has it, it is a state without a truth value.
+    context = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+    return context(True)
 
 
 def vary(model):
