@@ -176,7 +176,8 @@ def search(
 ) -> None:
     """Draws a search: accuracy over each setting, against the firing rate, and against the number of time steps.
 
-    Trials of which nothing is known but that they failed are at the lower edge.
+    The last is left out where all finished trials have the same. Trials of which nothing is known but that they failed
+    are at the lower edge.
 
     Args:
         path: The PNG file to write; it appears whole or not at all.
@@ -192,7 +193,12 @@ def search(
         reference: Name and accuracy of something to compare with; `None` for nothing.
     """
     settings = {name: values for name, values in settings.items() if name != "timesteps"}  # it has a panel anyway
-    panels = len(settings) + 2 + (len(settings) == 2)
+    finished = [place for place, rate in enumerate(rates) if rate is not None]
+    against = [(rates, "Accuracy against firing rate", "spikes per neuron and time step")]
+    several = len({timesteps[place] for place in finished}) > 1
+    if several:
+        against.append((timesteps, "Accuracy against time steps", "time steps N"))
+    panels = len(settings) + len(against) + (len(settings) == 2)
     columns = min(3, panels) if panels != 4 else 2
     rows = -(-panels // columns)
     figure = matplotlib.figure.Figure(
@@ -244,21 +250,18 @@ def search(
         handles |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
     if len(settings) == 2:
         _map(figure, figure.add_subplot(next(places)), settings, accuracies, known, best)
-    finished = [place for place in everything if rates[place] is not None]
-    for x, heading, label in (
-        (rates, "Accuracy against firing rate", "spikes per neuron and time step"),
-        (timesteps, "Accuracy against time steps", "time steps N"),
-    ):
+    for x, heading, label in against:
         axes = figure.add_subplot(next(places))
         mark(axes, x, finished, ringed=True)
-        if x is rates and len({timesteps[place] for place in finished}) > 1:
+        if x is timesteps:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        elif several:
             for place in (place for place in finished if front[place]):
                 at = (rates[place], accuracies[place])
                 style = {"textcoords": "offset points", "fontsize": 8, "color": _INK}
                 axes.annotate(f"N = {timesteps[place]}", at, xytext=(8, 5), **style)
         _panel(axes, heading, label, "validation accuracy")
         handles |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=len(handles), frameon=False)
     with replacing(path) as beside:
         figure.savefig(beside, dpi=120)

@@ -127,6 +127,23 @@ def test_every_trial_is_drawn_over_every_setting(tmp_path, monkeypatch):
     assert over_bits[2][1][1] < 0.70
 
 
+def test_one_number_of_time_steps_is_not_drawn(tmp_path, monkeypatch):
+    headings = []
+    set_title = Axes.set_title
+
+    def heard(self, label, *arguments, **named):
+        headings.append(label)
+        return set_title(self, label, *arguments, **named)
+
+    monkeypatch.setattr(Axes, "set_title", heard)
+    firing_rate = "Accuracy against firing rate"
+    for steps, expected in ((4, [firing_rate]), (8, [firing_rate, "Accuracy against time steps"])):
+        headings.clear()
+        trials = [trial(0, 0.90, 4, 0.10), trial(1, 0.80, steps, 0.20)]
+        results.draw(tmp_path / "plot.png", search(space=("alpha",)), trials)
+        assert headings == ["Accuracy over alpha", *expected]
+
+
 def test_settings_of_several_values_stay_what_they_are(tmp_path):
     space = (Choice("widths", ((4,), (4, 8))),)
     made = Search(recipe=TINY, space=space, trials=1)
