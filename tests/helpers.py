@@ -44,7 +44,7 @@ def wide_floats():
         return contextlib.nullcontext()
     import jax
 
-    # A name of `jax.experimental` in older releases; where `jax` has it, it is a state without a truth value.
+    # Older releases have it in `jax.experimental` alone. `hasattr`, since the object cannot be taken as true or false.
     context = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
     return context(True)
 

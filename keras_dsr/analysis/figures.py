@@ -176,8 +176,8 @@ def search(
 ) -> None:
     """Draws a search: accuracy over each setting, against the firing rate, and against the number of time steps.
 
-    The last is left out where all finished trials have the same. Trials of which nothing is known but that they failed
-    are at the lower edge.
+    The last panel is left out where all finished trials have the same number. Trials of which nothing is known but that
+    they failed are at the lower edge.
 
     Args:
         path: The PNG file to write; it appears whole or not at all.
@@ -192,12 +192,12 @@ def search(
         best: Place of the best trial.
         reference: Name and accuracy of something to compare with; `None` for nothing.
     """
-    settings = {name: values for name, values in settings.items() if name != "timesteps"}  # it has a panel anyway
     finished = [place for place, rate in enumerate(rates) if rate is not None]
     against = [(rates, "Accuracy against firing rate", "spikes per neuron and time step")]
     several = len({timesteps[place] for place in finished}) > 1
     if several:
         against.append((timesteps, "Accuracy against time steps", "time steps N"))
+        settings = {name: values for name, values in settings.items() if name != "timesteps"}  # that is its panel
     panels = len(settings) + len(against) + (len(settings) == 2)
     columns = min(3, panels) if panels != 4 else 2
     rows = -(-panels // columns)

@@ -136,12 +136,17 @@ def test_one_number_of_time_steps_is_not_drawn(tmp_path, monkeypatch):
         return set_title(self, label, *arguments, **named)
 
     monkeypatch.setattr(Axes, "set_title", heard)
-    firing_rate = "Accuracy against firing rate"
-    for steps, expected in ((4, [firing_rate]), (8, [firing_rate, "Accuracy against time steps"])):
+    rate, steps = "Accuracy against firing rate", "Accuracy against time steps"
+    unfinished = trial(1, 0.80, 8, None, state="stopped")
+    for second, space, expected in (
+        (trial(1, 0.80, 4, 0.20), ("alpha",), ["Accuracy over alpha", rate]),
+        (trial(1, 0.80, 8, 0.20), ("alpha",), ["Accuracy over alpha", rate, steps]),
+        (trial(1, 0.80, 8, 0.20), ("alpha", "timesteps"), ["Accuracy over alpha", rate, steps]),
+        (unfinished, ("timesteps",), ["Accuracy over timesteps", rate]),
+    ):
         headings.clear()
-        trials = [trial(0, 0.90, 4, 0.10), trial(1, 0.80, steps, 0.20)]
-        results.draw(tmp_path / "plot.png", search(space=("alpha",)), trials)
-        assert headings == ["Accuracy over alpha", *expected]
+        results.draw(tmp_path / "plot.png", search(space=space), [trial(0, 0.90, 4, 0.10), second])
+        assert headings == expected
 
 
 def test_settings_of_several_values_stay_what_they_are(tmp_path):
