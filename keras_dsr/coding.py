@@ -49,6 +49,32 @@ class Coding(abc.ABC):
     def clamp(self, representation: Any, threshold: Any) -> Any:
         """The neuron's output representation, as a function of its input's."""
 
+    @abc.abstractmethod
+    def unclamped(self, representation: Any) -> Any:
+        """What the clamp bounds: the output representation of a neuron that no bound holds."""
+
+    def rounded_clamp(self, representation: Any, threshold: Any, width: float) -> Any:
+        """The clamp with rounded corners: what `clamp` comes to on average where its input is uneven.
+
+        With x the unclamped representation, b the bound and s = width b, through which no gradient passes,
+
+            s log(1 + e^(x / s)) - s log(1 + e^((x - b) / s)).
+
+        Its gradient is a logistic function at each corner: sigma(x / s) - sigma((x - b) / s) for x and
+        sigma((x - b) / s) for b. Towards width 0 it is the clamp.
+
+        Args:
+            representation: r, of shape (batch, ...).
+            threshold: V_th, a scalar.
+            width: Width of the corners as a part of the bound, above 0.
+
+        Returns:
+            A tensor of the shape of `representation`.
+        """
+        unclamped, bound = self.unclamped(representation), self.bound(threshold)
+        width = width * ops.stop_gradient(bound)
+        return width * (ops.softplus(unclamped / width) - ops.softplus((unclamped - bound) / width))
+
     def weights(self, timesteps: int) -> np.ndarray:
         """The weights w_1..w_N.
 
@@ -125,6 +151,10 @@ class RateCoding(Coding):
         """b = V_th: what a neuron that fires at each step puts out."""
         return threshold
 
+    def unclamped(self, representation: Any) -> Any:
+        """r itself."""
+        return representation
+
     def clamp(self, representation: Any, threshold: Any) -> Any:
         """clamp(r, 0, V_th), Eq. 15.
 
@@ -182,13 +212,17 @@ class WeightedRateCoding(Coding):
         """b = V_th / dt: what a neuron that fires at each step puts out."""
         return threshold / self.dt
 
+    def unclamped(self, representation: Any) -> Any:
+        """r / tau."""
+        return representation / self.tau
+
     def clamp(self, representation: Any, threshold: Any) -> Any:
         """clamp(r / tau, 0, V_th / dt), Eq. 14.
 
         Backward: the representation has gradient 1 / tau strictly inside the clamp and 0 at its ends and
         beyond; the threshold has gradient 1 / dt where the clamp is at its upper end (Eq. 19).
         """
-        scaled = representation / self.tau
+        scaled = self.unclamped(representation)
         bound = self.bound(threshold)
         zero = ops.zeros_like(scaled)
         return ops.where(scaled >= bound, bound, ops.where(scaled <= 0, zero, scaled))

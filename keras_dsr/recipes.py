@@ -54,6 +54,8 @@ class Recipe:
         threshold_gradient_scale: Factor on a threshold's gradient; `None` for the neuron's default.
         threshold_l2: L2 regularization of thresholds: the loss gets this times the sum of their squares. It is beside
             `weight_decay`, which is for all weights.
+        corner_width: Width of the corners of the neurons' clamp in the gradient, as a part of V_th; 0 for the paper's
+            gradient.
         alpha: Neurons fire at alpha V_th. 1 is the plain neuron, without the paper's firing mechanism.
         tau: Membrane time constant of LIF neurons, in the unit of `dt`.
         dt: Length of a time step of LIF neurons.
@@ -110,6 +112,7 @@ class Recipe:
     threshold_lower_bound: float = 0.01
     threshold_gradient_scale: float | None = None
     threshold_l2: float = 0.0
+    corner_width: float = 0.0
     alpha: float = 0.5
     tau: float = 1.0
     dt: float = 0.05
@@ -238,6 +241,7 @@ class Recipe:
             # 0 where nothing else is said, as SGD decays thresholds as it does all weights.
             "threshold_l2": self.threshold_l2,
             "representation_steps": representation_steps,
+            "corner_width": self.corner_width,
         }
         if self.threshold_gradient_scale is not None:
             settings["threshold_gradient_scale"] = self.threshold_gradient_scale
@@ -553,15 +557,18 @@ _OURS = (
     ),
     Recipe(
         name="cifar10-resnet20",
-        summary="PreAct-ResNet-20 on CIFAR-10, IF, N = 6, hybrid training: two hours on a CPU",
+        summary="PreAct-ResNet-20 on CIFAR-10, IF, N = 6, hybrid training: three hours on a CPU",
         depth=20,
         timesteps=6,
+        corner_width=0.15,
         precision="mixed_bfloat16",
-        epochs=13,
-        learning_rate=0.03,
-        hybrid_epochs=14,
+        epochs=21,
+        learning_rate=0.02,
+        warmup_steps=100,
+        hybrid_epochs=10,
         hybrid_percentile=95.0,
-        hybrid_quantized_epochs=2,
+        hybrid_train_threshold=False,
+        hybrid_quantized_epochs=40,
     ),
     Recipe(
         name="nmnist",

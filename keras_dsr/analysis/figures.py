@@ -183,7 +183,7 @@ def search(
         path: The PNG file to write; it appears whole or not at all.
         title: Heading of the picture.
         settings: For each setting that was varied its value in each trial, a number or a text, `None` where a trial has
-            none; and whether its axis is logarithmic.
+            none; and whether its axis is logarithmic. A setting that no trial has is left out.
         accuracies: Validation accuracy of each trial; `None` where no epoch came to its end.
         states: Of each trial: "finished", "stopped" or "failed".
         timesteps: Number N of time steps of each trial.
@@ -192,6 +192,11 @@ def search(
         best: Place of the best trial.
         reference: Name and accuracy of something to compare with; `None` for nothing.
     """
+    settings = {
+        name: (_on_axis(values), logarithmic)
+        for name, (values, logarithmic) in settings.items()
+        if any(value is not None for value in values)
+    }
     finished = [place for place, rate in enumerate(rates) if rate is not None]
     against = [(rates, "Accuracy against firing rate", "spikes per neuron and time step")]
     several = len({timesteps[place] for place in finished}) > 1
@@ -243,9 +248,8 @@ def search(
     for name, (values, logarithmic) in settings.items():
         axes = figure.add_subplot(next(places))
         shown = [place for place in everything if values[place] is not None]
-        mark(axes, _on_axis(values), shown, ringed=False)
-        if logarithmic:
-            _logarithmic(axes, "x")
+        mark(axes, values, shown, ringed=False)
+        _scale(axes, "x", values, logarithmic)
         _panel(axes, f"Accuracy over {name}", name, "validation accuracy")
         handles |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
     if len(settings) == 2:
@@ -267,19 +271,26 @@ def search(
         figure.savefig(beside, dpi=120)
 
 
-def _logarithmic(axes: Axes, which: str) -> None:
-    """Makes an axis logarithmic, with its numbers written out: it may have no power of ten."""
-    axes.set(**{f"{which}scale": "log"})
+def _scale(axes: Axes, which: str, values: Sequence[Any], logarithmic: bool) -> None:
+    """Fits an axis to the values of a setting.
+
+    A logarithmic axis has its numbers written out, since it may have no power of ten; one of whole numbers has no
+    fractions between them.
+    """
     axis = getattr(axes, f"{which}axis")
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    if logarithmic:
+        axes.set(**{f"{which}scale": "log"})
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
+    elif all(isinstance(value, int) for value in values if value is not None):
+        axis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _on_axis(values: Sequence[Any]) -> list[Any]:
-    """Values as an axis can have them: numbers, or else texts."""
+    """Values as an axis can have them: numbers, or else texts; `None` where there is none."""
     numbers = all(isinstance(value, (int, float)) for value in values if value is not None)
-    return list(values) if numbers else [str(value) for value in values]
+    return list(values) if numbers else [None if value is None else str(value) for value in values]
 
 
 def _map(
@@ -290,9 +301,9 @@ def _map(
     known: Sequence[int],
     best: int,
 ) -> None:
-    """Both settings of a search, and accuracy as color."""
+    """Both settings of a search, and accuracy as color; without the trials that lack one of the settings."""
     (first, (x, x_logarithmic)), (second, (y, y_logarithmic)) = settings.items()
-    x, y = _on_axis(x), _on_axis(y)
+    known = [place for place in known if x[place] is not None and y[place] is not None]
     colored = axes.scatter(
         [x[place] for place in known],
         [y[place] for place in known],
@@ -301,11 +312,10 @@ def _map(
         s=60,
         zorder=3,
     )
-    axes.scatter(x[best], y[best], s=230, facecolors="none", edgecolors=_COLORS[1], linewidths=1.8, zorder=4)
-    if x_logarithmic:
-        _logarithmic(axes, "x")
-    if y_logarithmic:
-        _logarithmic(axes, "y")
+    if best in known:
+        axes.scatter(x[best], y[best], s=230, facecolors="none", edgecolors=_COLORS[1], linewidths=1.8, zorder=4)
+    _scale(axes, "x", x, x_logarithmic)
+    _scale(axes, "y", y, y_logarithmic)
     figure.colorbar(colored, ax=axes, label="validation accuracy")
     _panel(axes, f"{first} and {second}", first, second)
 

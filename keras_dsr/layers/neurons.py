@@ -9,7 +9,7 @@ carry their scale: V_th s[n], or V_th s[n] / dt.
 
 Backward, it is the clamp that its representation follows (Eqs. 14 and 15): no gradient passes through time. With r the
 representation of the current and b the clamp's bound, the gradient of the clamp reaches r where 0 <= r <= b, and the
-threshold where r > b (Eq. 19).
+threshold where r > b (Eq. 19). With `corner_width` the clamp's corners are rounded in that gradient.
 
 A neuron works in three ways, by what it is called with:
 
@@ -92,6 +92,7 @@ class SpikingNeuron(StreamLayer):
         threshold_gradient_scale: float,
         loop: str,
         representation_steps: int | None,
+        corner_width: float,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -113,6 +114,11 @@ class SpikingNeuron(StreamLayer):
             raise ValueError(f"threshold_l2 must be finite and not below 0. Received threshold_l2={threshold_l2!r}.")
         if not math.isfinite(threshold_gradient_scale):
             raise ValueError(f"threshold_gradient_scale must be finite. Received {threshold_gradient_scale!r}.")
+        if not (math.isfinite(corner_width) and corner_width >= 0):
+            raise ValueError(
+                "corner_width, the width of the clamp's corners in the gradient as a part of V_th, must be finite and "
+                f"not below 0. Received corner_width={corner_width!r}."
+            )
         if loop not in LOOPS:
             raise ValueError(f"loop must be one of {LOOPS}. Received loop={loop!r}.")
         self.initial_threshold = float(threshold)
@@ -124,6 +130,7 @@ class SpikingNeuron(StreamLayer):
         self.threshold_gradient_scale = float(threshold_gradient_scale)
         self.loop = loop
         self.representation_steps = check_representation_steps(representation_steps)
+        self.corner_width = float(corner_width)
 
     def build(self, input_shape: Any) -> None:
         self.threshold = self.add_weight(
@@ -149,7 +156,7 @@ class SpikingNeuron(StreamLayer):
         else:
             values, representation, steps = inputs, inputs, self.timesteps
 
-        clamped = self._clamp(representation, threshold)
+        clamped = self._clamp(representation, threshold, self.corner_width if steps != 0 else 0.0)
         if steps == 0:
             return without_steps(self._quantized(representation, threshold, clamped))
         spikes, coded = backend.simulate(
@@ -172,10 +179,15 @@ class SpikingNeuron(StreamLayer):
             return self.loop == "while" and backend.in_keras_step()
         return self.jit_compile
 
-    def _clamp(self, representation: Any, threshold: Any) -> Any:
+    def _clamp(self, representation: Any, threshold: Any, corner_width: float) -> Any:
+        """What the neuron's output representation is differentiated as; its value matters without steps alone."""
         dtype = backend.wide(representation.dtype, threshold.dtype)
         scaled = backend.carry(ops.stop_gradient(threshold), threshold * self.threshold_gradient_scale)
-        clamped = self.coding.clamp(ops.cast(representation, dtype), ops.cast(scaled, dtype))
+        arguments = ops.cast(representation, dtype), ops.cast(scaled, dtype)
+        if corner_width:
+            clamped = self.coding.rounded_clamp(*arguments, corner_width)
+        else:
+            clamped = self.coding.clamp(*arguments)
         return ops.cast(clamped, representation.dtype)
 
     def _quantized(self, representation: Any, threshold: Any, clamped: Any) -> Any:
@@ -254,6 +266,7 @@ class SpikingNeuron(StreamLayer):
             "threshold_gradient_scale": self.threshold_gradient_scale,
             "loop": self.loop,
             "representation_steps": self.representation_steps,
+            "corner_width": self.corner_width,
         }
 
 
@@ -284,6 +297,10 @@ class IFSpike(SpikingNeuron):
         representation_steps: In a representation network (a stream of zero steps), puts out what this many steps of a
             constant current give, instead of the clamp: with the quantization error of Eqs. 18 and 21, and the clamp's
             gradient. `None` for the clamp. Nothing else depends on it.
+        corner_width: Width of the clamp's corners in the gradient, as a part of V_th. 0, the default, is the paper's
+            gradient (Eq. 19). Above 0 the corners are rounded (`Coding.rounded_clamp`), as they are in what a neuron
+            puts out on average when spikes reach it unevenly: with few time steps deep networks train better so, at
+            about 0.15. What a neuron puts out does not depend on it, nor does a representation network.
         **kwargs: `name`, `dtype` and `trainable`, as every Keras layer has them.
 
     Input shape:
@@ -322,6 +339,7 @@ class IFSpike(SpikingNeuron):
         threshold_gradient_scale: float = 1.0,
         loop: str = "while",
         representation_steps: int | None = None,
+        corner_width: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -334,6 +352,7 @@ class IFSpike(SpikingNeuron):
             threshold_gradient_scale=threshold_gradient_scale,
             loop=loop,
             representation_steps=representation_steps,
+            corner_width=corner_width,
             **kwargs,
         )
 
@@ -381,6 +400,10 @@ class LIFSpike(SpikingNeuron):
         representation_steps: In a representation network (a stream of zero steps), puts out what this many steps of a
             constant current give, instead of the clamp: with the quantization error of Eqs. 18 and 21, and the clamp's
             gradient. `None` for the clamp. Nothing else depends on it.
+        corner_width: Width of the clamp's corners in the gradient, as a part of V_th. 0, the default, is the paper's
+            gradient (Eq. 19). Above 0 the corners are rounded (`Coding.rounded_clamp`), as they are in what a neuron
+            puts out on average when spikes reach it unevenly: with few time steps deep networks train better so, at
+            about 0.15. What a neuron puts out does not depend on it, nor does a representation network.
         **kwargs: `name`, `dtype` and `trainable`, as every Keras layer has them.
 
     Input shape:
@@ -418,6 +441,7 @@ class LIFSpike(SpikingNeuron):
         threshold_gradient_scale: float | None = None,
         loop: str = "while",
         representation_steps: int | None = None,
+        corner_width: float = 0.0,
         **kwargs: Any,
     ) -> None:
         self.coding = WeightedRateCoding(tau=tau, dt=dt)
@@ -431,6 +455,7 @@ class LIFSpike(SpikingNeuron):
             threshold_gradient_scale=dt**2 if threshold_gradient_scale is None else threshold_gradient_scale,
             loop=loop,
             representation_steps=representation_steps,
+            corner_width=corner_width,
             **kwargs,
         )
         self.tau = float(tau)

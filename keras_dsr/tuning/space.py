@@ -29,7 +29,15 @@ SHARED = (
     "seed",
 )
 # What a neuron layer checks, some of it together.
-_NEURON = ("neuron", "threshold", "alpha", "threshold_lower_bound", "threshold_l2", "threshold_gradient_scale")
+_NEURON = (
+    "neuron",
+    "threshold",
+    "alpha",
+    "threshold_lower_bound",
+    "threshold_l2",
+    "threshold_gradient_scale",
+    "corner_width",
+)
 _LIF = ("tau", "dt")
 # Tuners draw as many digits as a float has. With fewer a recipe is easier to read, and is the same after KerasTuner's
 # protocol, which has floats of 32 bits; a bound with more digits may be passed by half of the last that is kept.
