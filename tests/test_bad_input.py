@@ -58,6 +58,8 @@ ARGUMENTS = {
         ValueError,
         "threshold_gradient_scale must be finite.*nan",
     ),
+    "corner_negative": (lambda: LIFSpike(corner_width=-0.1), ValueError, "corner_width.*not below 0.*=-0.1"),
+    "corner_nan": (lambda: IFSpike(corner_width=math.nan), ValueError, "corner_width.*must be finite.*=nan"),
     "loop": (lambda: IFSpike(loop="scan"), ValueError, "loop must be one of.*unrolled.*while.*'scan'"),
     "unknown_argument": (lambda: IFSpike(treshold=1.0), (TypeError, ValueError), "treshold"),
     "unknown_argument_lif": (lambda: LIFSpike(v_th=1.0), (TypeError, ValueError), "v_th"),

@@ -128,6 +128,38 @@ def test_clamp_by_hand(one, representation, expected, dx, dthreshold, jit):
     np.testing.assert_allclose(by_threshold, np.sum(upstream * dthreshold), rtol=1e-6)
 
 
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    ("one", "slope", "bound"), [(RateCoding(), 1.0, 2.0), (WeightedRateCoding(tau=2.0, dt=0.5), 0.5, 4.0)]
+)
+def test_rounded_clamp(one, slope, bound, jit):
+    """Against its formula and the formula's derivatives, in NumPy."""
+    upstream = np.array([1, 2, 4, 8, 16, 32], "float32")
+    representation = np.array([-9, -0.1, 0, 1, bound / slope, 40], "float32")
+
+    def function(representation, threshold):
+        rounded = one.rounded_clamp(representation, threshold, 0.125)
+        return ops.sum(rounded * upstream), rounded
+
+    _, rounded, (by_representation, by_threshold) = helpers.value_and_grads(
+        function, representation, np.float32(2.0), jit=jit
+    )
+    x, width = representation.astype("float64") * slope, bound * 0.125
+    expected = width * (np.logaddexp(0, x / width) - np.logaddexp(0, (x - bound) / width))
+    low, high = (1 / (1 + np.exp(-each / width)) for each in (x, x - bound))
+    np.testing.assert_allclose(rounded, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(by_representation, upstream * slope * (low - high), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(by_threshold, np.sum(upstream * high) * bound / 2.0, rtol=1e-5)
+
+
+@CODINGS
+def test_narrow_corners_are_the_clamps(one):
+    representation = np.linspace(-3, 9, 50, dtype="float32")
+    threshold = np.float32(2.0)
+    rounded = helpers.numpy(one.rounded_clamp(representation, threshold, 1e-4))
+    np.testing.assert_allclose(rounded, helpers.numpy(one.clamp(representation, threshold)), atol=1e-3)
+
+
 def test_bound():
     assert RateCoding().bound(3.0) == 3.0
     assert WeightedRateCoding(tau=2.0, dt=0.5).bound(3.0) == 6.0

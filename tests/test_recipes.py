@@ -99,6 +99,8 @@ def test_settings_reach_the_network(neuron, kind):
     }
     assert {layer.threshold_l2 for layer in neurons} == {0.0}
     assert dataclasses.replace(recipe, threshold_l2=1e-3).neuron_layer().threshold_l2 == 1e-3
+    assert {layer.corner_width for layer in neurons} == {0.0}
+    assert dataclasses.replace(recipe, corner_width=0.15).neuron_layer().corner_width == 0.15
     if neuron == "lif":
         assert {(layer.tau, layer.dt) for layer in neurons} == {(3.0, 0.25)}
     assert neurons[0].timesteps == 3

@@ -26,6 +26,7 @@ Representation", CVPR 2022.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from typing import Any
@@ -183,12 +184,8 @@ class SpikingNeuron(StreamLayer):
         """What the neuron's output representation is differentiated as; its value matters without steps alone."""
         dtype = backend.wide(representation.dtype, threshold.dtype)
         scaled = backend.carry(ops.stop_gradient(threshold), threshold * self.threshold_gradient_scale)
-        arguments = ops.cast(representation, dtype), ops.cast(scaled, dtype)
-        if corner_width:
-            clamped = self.coding.rounded_clamp(*arguments, corner_width)
-        else:
-            clamped = self.coding.clamp(*arguments)
-        return ops.cast(clamped, representation.dtype)
+        clamp = functools.partial(self.coding.rounded_clamp, width=corner_width) if corner_width else self.coding.clamp
+        return ops.cast(clamp(ops.cast(representation, dtype), ops.cast(scaled, dtype)), representation.dtype)
 
     def _quantized(self, representation: Any, threshold: Any, clamped: Any) -> Any:
         """Of a representation network: the clamp, or what a constant current gives after so many steps."""

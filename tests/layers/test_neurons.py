@@ -506,6 +506,81 @@ def test_threshold_gradient_scales(kind, scale):
     assert gradient(scale) == pytest.approx(scale * gradient(1.0))
 
 
+@JIT
+@pytest.mark.parametrize("style", ["stream", "tensor"])
+@KIND
+def test_rounded_corners_change_the_gradient_alone(kind, style, jit):
+    rng = np.random.default_rng(3)
+    values = rng.normal(0.5, 1.0, (4, 5, 6)).astype("float32")
+    upstream = rng.normal(size=(4, 6)).astype("float32")
+    coding = neuron(kind).coding
+    weights = coding.weights(5).astype("float32")
+    representation = np.einsum("t,btf->bf", weights, values).astype("float32")
+
+    def run(**kwargs):
+        layer = neuron(kind, threshold_gradient_scale=0.5, **kwargs)
+        layer.build([values.shape, representation.shape] if style == "stream" else values.shape)
+
+        def function(threshold, values, representation):
+            given = Stream(values, representation) if style == "stream" else values
+            out = with_weights([layer.threshold], [threshold], layer, given)
+            put_out = out.representation if style == "stream" else layer.coding.represent(out)
+            return ops.sum(put_out * upstream), out
+
+        arrays = np.float32(layer.initial_threshold), values, representation
+        return layer, *helpers.value_and_grads(function, *arrays, jit=jit)[1:]
+
+    layer, sharp, sharp_gradients = run()
+    layer, rounded, gradients = run(corner_width=0.2)
+    for one, other in zip(keras.tree.flatten(sharp), keras.tree.flatten(rounded), strict=True):
+        np.testing.assert_array_equal(one, other)
+    x = representation / (1.0 if kind == "if" else layer.tau)
+    bound = layer.initial_threshold * layer.scale
+    low, high = (1 / (1 + np.exp(-each / (0.2 * bound))) for each in (x, x - bound))
+    by_representation = upstream * (low - high) * (1.0 if kind == "if" else 1 / layer.tau)
+    # Of a plain tensor the cotangent of step n is w_n of the upstream gradient, their sum the whole of it.
+    expected = [0.5 * np.sum(upstream * high) * layer.scale, np.zeros_like(values), by_representation]
+    if style == "tensor":
+        expected[1:] = [np.einsum("t,bf->btf", weights, by_representation), np.zeros_like(representation)]
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(gradient, wanted, rtol=2e-5, atol=2e-6)
+    assert abs(gradients[0] - sharp_gradients[0]) > 1e-3
+
+
+@pytest.mark.parametrize("representation_steps", [None, 4])
+@KIND
+def test_a_representation_network_has_no_rounded_corners(kind, representation_steps):
+    x = np.linspace(-1, 5, 12, dtype="float32").reshape(3, 4)
+
+    def run(**kwargs):
+        layer = neuron(kind, timesteps=0, representation_steps=representation_steps, **kwargs)
+        layer.build(x.shape)
+
+        def function(threshold, x):
+            out = with_weights([layer.threshold], [threshold], layer, x).representation
+            return ops.sum(ops.square(out)), out
+
+        return helpers.value_and_grads(function, np.float32(layer.initial_threshold), x)
+
+    for sharp, rounded in zip(*(keras.tree.flatten(run(corner_width=width)) for width in (0.0, 0.2)), strict=True):
+        np.testing.assert_array_equal(sharp, rounded)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "mixed_bfloat16"])
+@KIND
+def test_rounded_corners_in_half_precision(kind, dtype):
+    """They are computed in float32: in half precision a corner would be too coarse to tell from the clamp's."""
+    layer = neuron(kind, timesteps=4, corner_width=0.1, dtype=dtype)
+    x = ops.cast(np.linspace(-1, 3, 16, dtype="float32").reshape(4, 4), "bfloat16")
+    layer.build(x.shape)
+    call = lambda x: (ops.sum(ops.cast(layer(ops.cast(x, "bfloat16")).representation, "float32")), ())  # noqa: E731
+    gradient = helpers.value_and_grads(call, numpy(ops.cast(x, "float32")))[2][0]
+    bound, tau = (1.0, 1.0) if kind == "if" else (1.0, 2.0)
+    x = numpy(ops.cast(x, "float32")) / tau
+    low, high = (1 / (1 + np.exp(-each / (0.1 * bound))) for each in (x, x - bound))
+    np.testing.assert_allclose(gradient, (low - high) / tau, rtol=1e-2, atol=1e-6)
+
+
 def image_model(kind, **kwargs):
     inputs = keras.Input((6,))
     x = neuron(kind, timesteps=4, **kwargs)(keras.layers.Dense(8)(inputs))
@@ -567,6 +642,7 @@ def test_config_round_trip(kind):
         threshold_gradient_scale=0.0625,
         loop="while",
         representation_steps=5,
+        corner_width=0.125,
         name="some_neuron",
         dtype="mixed_bfloat16",
     )
@@ -583,6 +659,7 @@ def test_config_round_trip(kind):
         "threshold_gradient_scale": 0.0625,
         "loop": "while",
         "representation_steps": 5,
+        "corner_width": 0.125,
         "name": "some_neuron",
     }
     if kind == "lif":

@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from tuning.small import TINY, search
 
 from keras_dsr import tuning
@@ -102,6 +103,44 @@ def test_every_kind_of_space_is_drawn(texts, tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
+def test_settings_that_trials_lack_are_left_out(tmp_path, monkeypatch):
+    """One that no trial has, altogether; one that a trial lacks, for that trial, on the map of both settings, too."""
+    figure = []
+    subplot = Figure.add_subplot
+
+    def heard(self, *arguments, **named):
+        figure.append(self)
+        return subplot(self, *arguments, **named)
+
+    monkeypatch.setattr(Figure, "add_subplot", heard)
+    lacks = dataclasses.replace(trial(2, 0.80, 4, 0.2), settings={"threshold": 2.0})
+    trials = [trial(0, 0.90, 4, 0.10), trial(1, 0.95, 4, 0.20), lacks]
+    results.draw(tmp_path / "plot.png", search(space=("threshold=1:4:log", "dropout=0:0.5", "alpha")), trials)
+    axes = [each for each in figure[-1].axes if each.get_title(loc="left")]  # and so no color bar
+    assert [each.get_title(loc="left") for each in axes] == [
+        "Accuracy over threshold",
+        "Accuracy over alpha",
+        "threshold and alpha",
+        "Accuracy against firing rate",
+    ]
+    assert [len(each.collections[0].get_offsets()) for each in axes] == [3, 2, 2, 3]
+
+
+def test_whole_numbers_have_no_fractions_between_them(tmp_path, monkeypatch):
+    located = {}
+    set_label = Axes.set_xlabel
+
+    def heard(self, label, *arguments, **named):
+        located[label] = self.xaxis
+        return set_label(self, label, *arguments, **named)
+
+    monkeypatch.setattr(Axes, "set_xlabel", heard)
+    trials = [trial(0, 0.90, 4, 0.10, weight_bits=4), trial(1, 0.95, 4, 0.20, weight_bits=5)]
+    results.draw(tmp_path / "plot.png", search(space=("weight_bits=4,5", "alpha")), trials)
+    assert all(tick == round(tick) for tick in located["weight_bits"].get_ticklocs())
+    assert any(tick != round(tick) for tick in located["alpha"].get_ticklocs())
+
+
 def test_every_trial_is_drawn_over_every_setting(tmp_path, monkeypatch):
     """Settings that are none, and trials that failed after an epoch, too."""
     points = []
@@ -137,7 +176,7 @@ def test_one_number_of_time_steps_is_not_drawn(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Axes, "set_title", heard)
     rate, steps = "Accuracy against firing rate", "Accuracy against time steps"
-    unfinished = trial(1, 0.80, 8, None, state="stopped")
+    unfinished = dataclasses.replace(trial(1, 0.80, 8, None, state="stopped"), settings={"timesteps": 8})
     for second, space, expected in (
         (trial(1, 0.80, 4, 0.20), ("alpha",), ["Accuracy over alpha", rate]),
         (trial(1, 0.80, 8, 0.20), ("alpha",), ["Accuracy over alpha", rate, steps]),
