@@ -76,6 +76,9 @@ class Recipe:
         cutout: Side of the square that the augmentation "cutout" blanks, in pixels.
         size: Height and width of the inputs, for folders of images and for event frames; none for the data set's own.
         slicing: Event frames of equal "number" of events or of equal "time".
+        sensor: Height and width of the camera, for folders of event recordings that do not tell it; none for all else.
+        skip_corrupt: Whether images of a folder, or recordings, that cannot be read are left out, with a warning that
+            lists them; if not, the first one ends the training.
         validation: How many training images are set aside for validation, or which part of the recordings, 0 for none;
             `None` for the data set's default.
         train_examples: How many training examples are used, with equal parts of each class; `None` for all.
@@ -131,6 +134,8 @@ class Recipe:
     cutout: int = 16
     size: tuple[int, ...] = ()
     slicing: str = "number"
+    sensor: tuple[int, ...] = ()
+    skip_corrupt: bool = False
     validation: float | None = None
     train_examples: int | None = None
     selection: str = "best"
@@ -147,8 +152,11 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.validation is not None and not self.validation >= 0:
             raise ValueError(f"validation must be 0 or more, or None. Received validation={self.validation!r}.")
-        if len(self.size) not in (0, 2):
-            raise ValueError(f"size is height and width, such as 32,32. Received size={self.size!r}.")
+        for field in ("size", "sensor"):
+            if len(getattr(self, field)) not in (0, 2):
+                raise ValueError(
+                    f"{field} is height and width, such as 32,32. Received {field}={getattr(self, field)!r}."
+                )
         if self.validation == 0 and self.selection == "best":
             raise ValueError(
                 "The best epoch is chosen on validation examples. Received validation=0, selection='best'; set "

@@ -384,7 +384,8 @@ def load(recipe: Recipe, *, data_dir: Path | None = None, download: bool = False
 
     Raises:
         FileNotFoundError: if it is not there.
-        ValueError: if it does not fit the recipe: it has no test part, or no validation part to choose an epoch by.
+        ValueError: if it does not fit the recipe: it has no test part, or no validation part to choose an epoch by; or
+            if a file of it cannot be used, which the message names.
     """
     number = recipe.validation
     loaded = data.load(
@@ -393,6 +394,8 @@ def load(recipe: Recipe, *, data_dir: Path | None = None, download: bool = False
         timesteps=recipe.timesteps or None,
         size=recipe.size or None,
         slicing=recipe.slicing,
+        sensor=recipe.sensor or None,
+        skip_corrupt=recipe.skip_corrupt,
         # At 1 and above it is a number of examples.
         validation=int(number) if number is not None and number >= 1 and number == int(number) else number,
         download=download,
@@ -643,7 +646,7 @@ def fit_epochs(
     validation, validation_steps = None, None
     if len(loaded.validation):
         validation, validation_steps = _evaluation_batches(loaded, loaded.validation, devices)
-    try:
+    with _own_errors():
         return model.fit(
             devices.training_batches(batches, recipe.batch_size),
             validation_data=validation,
@@ -655,12 +658,22 @@ def fit_epochs(
             callbacks=[CheckFinite(), *callbacks],
             verbose=verbose,
         )
+
+
+@contextlib.contextmanager
+def _own_errors() -> Iterator[None]:
+    """Our own errors where TensorFlow raises one of its own, with our message somewhere within.
+
+    Raises:
+        ValueError: if a threshold is not finite, or a file of the data set cannot be decoded.
+    """
+    try:
+        yield
     except Exception as error:
-        # TensorFlow's own error class, with our message somewhere within.
         if found := re.search(not_finite("threshold of [^.]*?"), str(error)):
             raise ValueError(found[0]) from error
         if found := re.search(r"(?:ImageError|RecordingError): (.+)", str(error)):
-            raise ValueError(found[1]) from error
+            raise ValueError(f"{found[1]} Mend it or take it out, or set skip_corrupt=true.") from error
         raise
 
 
@@ -686,7 +699,8 @@ def _accuracy(model: keras.Model, loaded: DataSet, part: Part, devices: Strategy
     if not len(part):
         return None
     batches, steps = _evaluation_batches(loaded, part, devices or strategy())
-    return float(model.evaluate(batches, steps=steps, verbose=0, return_dict=True)["accuracy"])
+    with _own_errors():
+        return float(model.evaluate(batches, steps=steps, verbose=0, return_dict=True)["accuracy"])
 
 
 def _finish(

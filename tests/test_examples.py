@@ -40,8 +40,13 @@ def test_examples(name, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout
+    if name == "figure2.py":
+        (table,) = tmp_path.rglob("figure2.md")
+        assert "| " in table.read_text()
+        assert table.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     if "--recipes" in ARGUMENTS.get(name, ()):
         (results,) = tmp_path.glob("runs/*/results.md")
+        assert results.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
         assert results.read_text().count("\n| cifar10") + results.read_text().count("\n| dvs") == len(
             ARGUMENTS[name][ARGUMENTS[name].index("--recipes") + 1 :]
         )

@@ -368,6 +368,8 @@ def test_hybrid_training_may_end_with_the_calibration():
 def test_neurons_out_of_range_are_refused_as_the_network_is_built():
     with pytest.raises(ValueError, match=r"alpha=1\.5"):
         dataclasses.replace(DIGITS, alpha=1.5).build(10, (8, 8, 1))
+    with pytest.raises(ValueError, match=r"corner_width=-0\.1"):
+        dataclasses.replace(DIGITS, corner_width=-0.1).build(10, (8, 8, 1))
     with pytest.raises(ValueError, match=r"threshold=0\.001, threshold_lower_bound=0\.01"):
         dataclasses.replace(DIGITS, threshold=0.001).neuron_layer()
 

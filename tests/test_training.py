@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import pytest
 from helpers import numpy
+from PIL import Image
 
 import keras_dsr
 from keras_dsr import checkpoints, cli, layers, models, recipes, runs, training
@@ -456,6 +457,53 @@ def test_a_recipe_decides_optimizer_and_schedule():
     assert float(schedule(20)) == pytest.approx(0.5)  # a fifth of all is the most
 
 
+@pytest.fixture
+def of_images(tmp_path):
+    """A folder of images, and one of its test images, whose end is missing."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 8), ("val", 3)):
+        for name in ("bee", "cow"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 256, (8, 8, 3), dtype="uint8")
+                Image.fromarray(pixels).save(tmp_path / part / name / f"{number}.png")
+    damaged = tmp_path / "val" / "cow" / "1.png"
+    damaged.write_bytes(damaged.read_bytes()[:-40])
+    return tmp_path, damaged
+
+
+def test_a_damaged_test_image_is_named_and_left_out_only_if_asked(of_images, tmp_path, capsys):
+    folder, damaged = of_images
+    settings = ["threshold=1", "widths=2", "batch_size=4", "timesteps=2", "hybrid_epochs=0", "train_examples=none"]
+    train = ["train", "digits", "--epochs", "1", "--set", f"data=folder:{folder}", "--set", "selection=last"]
+    train += [word for setting in settings for word in ("--set", setting)]
+    assert cli.main([*train, "--folder", str(tmp_path / "one")]) == 1
+    error = capsys.readouterr().err
+    assert f"keras-dsr: {damaged}: the image cannot be read" in error
+    assert "set skip_corrupt=true" in error
+    assert "Traceback" not in error
+    with pytest.warns(UserWarning, match=re.escape(str(damaged))):
+        assert cli.main([*train, "--set", "skip_corrupt=true", "--folder", str(tmp_path / "other")]) == 0
+    assert json.loads((tmp_path / "other" / "summary.json").read_text())["test_examples"] == 5
+
+
+def test_recordings_that_do_not_tell_their_sensor_train(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("KERAS_DSR_CACHE", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    for name in ("bee", "cow"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(8):
+            events = {"t": np.arange(40), "x": rng.integers(0, 9, 40), "y": rng.integers(0, 8, 40)}
+            np.savez(tmp_path / "data" / name / f"{number}.npz", **events, p=rng.integers(0, 2, 40))
+    settings = ["batch_size=4", "timesteps=2", "selection=last"]
+    train = ["train", "digits-events", "--epochs", "1", "--set", f"data=events:{tmp_path / 'data'}"]
+    train += [word for setting in settings for word in ("--set", setting)]
+    assert cli.main([*train, "--folder", str(tmp_path / "one")]) == 1
+    assert "in a recipe sensor=34,34" in capsys.readouterr().err
+    assert cli.main([*train, "--set", "sensor=8,9", "--folder", str(tmp_path / "other")]) == 0
+    assert keras.models.load_model(tmp_path / "other" / "model.keras").input_shape == (None, 2, 8, 9, 2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -470,6 +518,9 @@ def test_a_recipe_decides_optimizer_and_schedule():
         (["train", "digits", "--set", "neuron=relu"], "neuron is one of ('if', 'lif')"),
         (["train", "digits", "--set", "data=digit"], "Did you mean 'digits'"),
         (["train", "digits", "--set", "alpha=2"], "alpha=2.0"),
+        (["train", "digits", "--set", "corner_width=-1"], "corner_width=-1.0"),
+        (["train", "digits", "--set", "sensor=9"], "sensor is height and width, such as 32,32. Received sensor=(9,)"),
+        (["train", "digits", "--set", "skip_corrupt=true"], "'digits' has no files of its own"),
         (["train", "cifar10-if", "--data-dir", "nowhere"], "nowhere"),
         (["resume", "no/such/run"], "is not the folder of a run"),
         (["evaluate", "no/such/run"], "is not the folder of a finished run"),

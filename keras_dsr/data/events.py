@@ -171,7 +171,9 @@ def load(
     if sensor is not None:
         found = dataclasses.replace(found, shape=(*sensor, 2))
     if found.shape is None:
-        raise ValueError("The recordings do not tell the camera's size. Pass sensor=(height, width).")
+        raise ValueError(
+            "The recordings do not tell the camera's size. Pass sensor=(height, width), in a recipe sensor=34,34."
+        )
     if size is not None and len(found.shape) != 3:
         raise ValueError(f"The frames of {name!r} have no height and width to resize. Received size={size!r}.")
     size = data_set.size if size is None else tuple(size)

@@ -159,9 +159,9 @@ def imagenet(data_dir: str | Path | None = None, validation: float | None = None
         name,
         data_dir,
         download,
-        "Download ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar by hand from image-net.org into downloads/manual "
-        "of the folder of tensorflow-datasets, and prepare it once with download=True, on the command line --download. "
-        "Or name the folder that has it with data_dir, on the command line --data-dir.",
+        "Download ILSVRC2012_img_train.tar (138 GB) and ILSVRC2012_img_val.tar (6.3 GB) by hand from image-net.org "
+        "into downloads/manual of the folder of tensorflow-datasets, and prepare it once with download=True, on the "
+        "command line --download. Or name the folder that has it with data_dir, on the command line --data-dir.",
     )
     if builder.info.file_format.value != "tfrecord":
         raise ValueError(f"{builder.data_dir} must have TFRecord files. Received {builder.info.file_format.value}.")

@@ -20,6 +20,8 @@ SHARED = (
     "data",
     "size",
     "slicing",
+    "sensor",
+    "skip_corrupt",
     "validation",
     "train_examples",
     "selection",

@@ -204,6 +204,8 @@ def _data_of(recipe: Recipe) -> Recipe:
         timesteps=recipe.timesteps if data.has_events(recipe.data) else 0,
         size=recipe.size,
         slicing=recipe.slicing,
+        sensor=recipe.sensor,
+        skip_corrupt=recipe.skip_corrupt,
         validation=recipe.validation,
         train_examples=recipe.train_examples,
         selection=recipe.selection,

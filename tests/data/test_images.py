@@ -99,7 +99,7 @@ def test_validation_that_cannot_be_cut_from_cifar_is_refused(cifar_dir, validati
 
 def test_cifar_that_is_not_there_says_how_to_get_it(tmp_path):
     pytest.importorskip("tensorflow_datasets")
-    with pytest.raises(FileNotFoundError, match=rf"'cifar100' is not at {tmp_path}.*download=True.*--data-dir"):
+    with pytest.raises(FileNotFoundError, match=rf"'cifar100' is not at {tmp_path}.*160 MB.*download=True.*--data-dir"):
         images.cifar("cifar100", tmp_path)
     with pytest.raises(ValueError, match=r"one of .*'cifar10', 'cifar100'.* Received name='cifar'"):
         images.cifar("cifar", tmp_path)
@@ -242,7 +242,7 @@ def test_of_imagenet_a_process_decodes_its_own_places_alone(imagenet_dir, change
 
 
 def test_bad_imagenets_are_refused(imagenet_dir, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"ILSVRC2012_img_train.tar .* by hand"):
+    with pytest.raises(FileNotFoundError, match=r"ILSVRC2012_img_train.tar \(138 GB\) .* by hand"):
         images.imagenet(tmp_path)
     with pytest.raises(ValueError, match=r"whole files and leaves at least one\. Received validation=35 of 40"):
         images.imagenet(imagenet_dir, validation=35)
