@@ -196,6 +196,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["float32", "float64"], default="float32")
     parser.add_argument("--engine", choices=["tensorflow", "jax"], nargs="+", default=["tensorflow", "jax"])
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="as keras-dsr train takes it")
+    parser.add_argument("--name", help="of the results, if not replicas, replicas_small or either with _float64")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds that one case may take")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -244,6 +245,7 @@ def main() -> None:
                 "",
                 "",
                 "all weights",
+                "trained weights",
                 "thresholds",
                 "moving statistics",
                 "a trained weight came",
@@ -253,7 +255,7 @@ def main() -> None:
                 (
                     row["engine"],
                     row["case"],
-                    *(f"{row[what]:.1e}" for what in ("weights", "thresholds", "statistics", "came")),
+                    *(f"{row[what]:.1e}" for what in ("weights", "trained", "thresholds", "statistics", "came")),
                     *((f"{row['step_s']:.3f}", f"{row['of_one_device']:.2f}") if timed else ()),
                 )
                 for row in rows
@@ -261,7 +263,10 @@ def main() -> None:
         ),
         "",
     ]
-    name = f"replicas{'_small' if options.small else ''}{'_float64' if options.precision == 'float64' else ''}"
+    name = (
+        options.name
+        or f"replicas{'_small' if options.small else ''}{'_float64' if options.precision == 'float64' else ''}"
+    )
     write(name, {"machine": host, "options": {**vars(options), "data_dir": "DIR"}, "rows": rows}, "\n".join(table))
     print("\n".join(table))
 

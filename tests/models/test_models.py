@@ -298,3 +298,46 @@ def test_the_number_of_time_steps_is_the_networks():
 
 def test_without_a_number_of_steps_a_residual_network_has_the_papers():
     assert models.preact_resnet(20, input_shape=(8, 8, 3)).get_layer("stage1_block1_neuron1").timesteps == 20
+
+
+@pytest.mark.skipif(helpers.BACKEND != "jax", reason="reads programs of JAX")
+@pytest.mark.parametrize("neuron", ["if", "lif"])
+def test_nothing_that_a_backward_pass_keeps_or_computes_has_a_time_axis(neuron):
+    """Of a residual network; the forward pass, and the gradient of the same network on plain tensors, have many."""
+    import jax
+
+    steps = 7  # no other axis has this length, nor twice that, which is batch x time
+
+    def outputs(jaxpr):
+        for equation in jaxpr.eqns:
+            yield from (variable.aval.shape for variable in equation.outvars)
+            for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda each: hasattr(each, "jaxpr")):
+                if hasattr(getattr(inner, "jaxpr", inner), "eqns"):
+                    yield from outputs(getattr(inner, "jaxpr", inner))
+
+    def timed(shapes):
+        return [shape for shape in shapes if {steps, 2 * steps} & set(shape)]
+
+    def programs(loss, *arguments):
+        forward = jax.make_jaxpr(loss)(*arguments)
+        backward = jax.make_jaxpr(jax.vjp(loss, *arguments)[1])(np.float32(1))
+        return timed(outputs(forward.jaxpr)), timed(
+            [*outputs(backward.jaxpr), *(kept.shape for kept in backward.consts)]
+        )
+
+    model = models.preact_resnet(20, neuron, timesteps=steps, classes=3, input_shape=(8, 8, 3))
+    x = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype("float32")
+    others = [variable.value for variable in model.non_trainable_variables]
+
+    def loss(weights):
+        return model.stateless_call(weights, others, x, training=True)[0].sum()
+
+    forward, backward = programs(loss, [variable.value for variable in model.trainable_variables])
+    assert len(forward) > 20
+    assert backward == []
+
+    layer = layers.IFSpike() if neuron == "if" else layers.LIFSpike()
+    layer.build((2, steps, 3))
+    forward, backward = programs(lambda x: layer(x).sum(), np.ones((2, steps, 3), "float32"))
+    assert forward
+    assert backward
