@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from helpers import numpy
 
-from keras_dsr import data, layers, models
+from keras_dsr import data, layers, models, recipes
 from keras_dsr.models import presets
+from keras_dsr.recipes import Recipe
 
 SHAPE = (3, 8, 8, 2)
 NEURON = {"threshold": 1.5, "alpha": 0.25, "threshold_l2": 0.0}
@@ -186,6 +187,14 @@ def test_presets_of_the_package_load_and_have_their_log(name):
     assert 0.5 < card.test_accuracy <= 1
 
 
+@pytest.mark.parametrize("name", presets.names())
+def test_presets_are_what_their_recipes_train(name):
+    """So that one line makes them again."""
+    card, _ = presets.card(*name.split("-"))
+    trained_by = Recipe.from_json(json.dumps(card.recipe))
+    assert dataclasses.replace(trained_by, summary="") == dataclasses.replace(recipes.get(trained_by.name), summary="")
+
+
 @pytest.mark.tensorflow_only
 @pytest.mark.parametrize(
     ("archive", "name", "trained_on"), [("pokerdvs", "poker_dvs", "poker_dvs"), ("nmnist", "nmnist", "nmnist")]
@@ -199,3 +208,16 @@ def test_event_presets_are_as_good_as_their_cards_say(archive, name, trained_on,
         for x, labels in loaded.batches(loaded.test, 50).as_numpy_iterator()
     )
     assert right == round(card.test_accuracy * card.test_examples)
+
+
+@pytest.mark.tensorflow_only
+def test_the_cifar10_preset_is_as_good_as_its_card_says(unpacked):
+    """The whole test part: in one deep network a spike in millions may flip on another machine, and an image with it."""
+    pytest.importorskip("tensorflow_datasets")
+    card, _ = presets.card("preact_resnet20", "cifar10")
+    loaded = data.load("cifar10", data_dir=unpacked("cifar10", "--to", "tfds"))
+    model = models.preact_resnet(20, card.neuron, weights="cifar10")
+    model.compile(metrics=["accuracy"])
+    found = model.evaluate(loaded.batches(loaded.test, 200), verbose=0, return_dict=True)["accuracy"]
+    assert (len(loaded.test), card.test_examples) == (10_000, 10_000)
+    assert found == pytest.approx(card.test_accuracy, abs=1e-3)
