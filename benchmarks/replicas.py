@@ -196,7 +196,9 @@ def main() -> None:
     parser.add_argument("--precision", choices=["float32", "float64"], default="float32")
     parser.add_argument("--engine", choices=["tensorflow", "jax"], nargs="+", default=["tensorflow", "jax"])
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="as keras-dsr train takes it")
-    parser.add_argument("--name", help="of the results, if not replicas, replicas_small or either with _float64")
+    parser.add_argument(
+        "--name", help="name of the result files; default: replicas, with _small and _float64 as they apply"
+    )
     parser.add_argument("--timeout", type=float, default=1800, help="seconds that one case may take")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     options = parser.parse_args()

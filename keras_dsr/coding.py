@@ -32,8 +32,8 @@ from keras_dsr import backend
 class Coding(abc.ABC):
     """Weights that decay by one ratio from each time step to the one before; what all codings share.
 
-    A subclass says the ratio, the bound and the clamp. Codings are immutable, compare by their arguments, and Keras
-    serialises them.
+    A subclass says the ratio, the bound, the clamp and what it clamps. Codings are immutable, compare by their
+    arguments, and Keras serialises them.
     """
 
     @property
@@ -54,9 +54,10 @@ class Coding(abc.ABC):
         """What the clamp bounds: the output representation of a neuron that no bound holds."""
 
     def rounded_clamp(self, representation: Any, threshold: Any, width: float) -> Any:
-        """The clamp with rounded corners: what `clamp` comes to on average where its input is uneven.
+        """The clamp with rounded corners: the mean of `clamp` over logistic noise in its input.
 
-        With x the unclamped representation, b the bound and s = width b, through which no gradient passes,
+        With x the unclamped representation, b the bound and s = width b, the noise's scale, through which no gradient
+        passes,
 
             s log(1 + e^(x / s)) - s log(1 + e^((x - b) / s)).
 
@@ -70,10 +71,17 @@ class Coding(abc.ABC):
 
         Returns:
             A tensor of the shape of `representation`.
+
+        Raises:
+            ValueError: if the width is not above 0.
         """
+        if not width > 0:
+            raise ValueError(
+                f"Rounded corners have a width above 0; without it there is clamp. Received width={width!r}."
+            )
         unclamped, bound = self.unclamped(representation), self.bound(threshold)
-        width = width * ops.stop_gradient(bound)
-        return width * (ops.softplus(unclamped / width) - ops.softplus((unclamped - bound) / width))
+        scale = width * ops.stop_gradient(bound)
+        return scale * (ops.softplus(unclamped / scale) - ops.softplus((unclamped - bound) / scale))
 
     def weights(self, timesteps: int) -> np.ndarray:
         """The weights w_1..w_N.

@@ -70,7 +70,7 @@ class Recipe:
         learning_rate: Largest learning rate of the training with spikes; it falls to 0 along a cosine.
         momentum: Momentum of SGD.
         weight_decay: Factor on every weight, thresholds included, that joins its gradient (SGD only).
-        warmup_steps: Updates over which the learning rate rises from 0; at most a fifth of all.
+        warmup_steps: Updates over which the learning rate of each stage rises from 0; at most a fifth of all of them.
         augmentation: Random changes to training inputs, see `keras_dsr.data.augmentation.Augmentation`.
         padding: Pixels that the augmentation "crop" pads.
         cutout: Side of the square that the augmentation "cutout" blanks, in pixels.

@@ -30,7 +30,9 @@ from keras_dsr.callbacks import CheckFinite
 from keras_dsr.callbacks.recording import check_tensorboard
 from keras_dsr.constraints import not_finite
 from keras_dsr.data.augmentation import Augmentation
+from keras_dsr.data.images import ImageError
 from keras_dsr.data.parts import DataSet, Part
+from keras_dsr.data.recordings import RecordingError
 from keras_dsr.distribution import Strategy, as_known_error, strategy
 from keras_dsr.files import replacing
 from keras_dsr.models import presets
@@ -60,6 +62,8 @@ _CALIBRATION_EXAMPLES = 2048
 _RATE_EXAMPLES = 2000
 # Of several processes: weights from one stage to the next.
 _CALIBRATED = "calibrated.npz"
+# After the message that names a file of a data set.
+_IF_DAMAGED = "Mend it and go on, or train anew with skip_corrupt=true."
 # Compiling the representation network by XLA takes seconds and then saves a fifth of each step on a CPU.
 _STEPS_WORTH_COMPILING = 1000
 
@@ -388,18 +392,21 @@ def load(recipe: Recipe, *, data_dir: Path | None = None, download: bool = False
             if a file of it cannot be used, which the message names.
     """
     number = recipe.validation
-    loaded = data.load(
-        recipe.data,
-        data_dir=data_dir,
-        timesteps=recipe.timesteps or None,
-        size=recipe.size or None,
-        slicing=recipe.slicing,
-        sensor=recipe.sensor or None,
-        skip_corrupt=recipe.skip_corrupt,
-        # At 1 and above it is a number of examples.
-        validation=int(number) if number is not None and number >= 1 and number == int(number) else number,
-        download=download,
-    )
+    try:
+        loaded = data.load(
+            recipe.data,
+            data_dir=data_dir,
+            timesteps=recipe.timesteps or None,
+            size=recipe.size or None,
+            slicing=recipe.slicing,
+            sensor=recipe.sensor or None,
+            skip_corrupt=recipe.skip_corrupt,
+            # At 1 and above it is a number of examples.
+            validation=int(number) if number is not None and number >= 1 and number == int(number) else number,
+            download=download,
+        )
+    except (ImageError, RecordingError) as error:
+        raise ValueError(f"{error} {_IF_DAMAGED}") from error
     if not len(loaded.test):
         raise ValueError(f"{recipe.data!r} has no test part, which the result is measured on.")
     if recipe.selection == "best" and not len(loaded.validation):
@@ -673,7 +680,7 @@ def _own_errors() -> Iterator[None]:
         if found := re.search(not_finite("threshold of [^.]*?"), str(error)):
             raise ValueError(found[0]) from error
         if found := re.search(r"(?:ImageError|RecordingError): (.+)", str(error)):
-            raise ValueError(f"{found[1]} Mend it or take it out, or set skip_corrupt=true.") from error
+            raise ValueError(f"{found[1]} {_IF_DAMAGED}") from error
         raise
 
 
@@ -774,6 +781,7 @@ def evaluate(folder: Path, *, data_dir: Path | None = None) -> Summary:
 
     Raises:
         FileNotFoundError: if the folder lacks a file of a finished run, or the data set is not there.
+        ValueError: if a file of the data set cannot be used, which the message names.
     """
     before = runs.summary_of(folder)
     recipe = runs.recipe_of(folder)

@@ -152,6 +152,36 @@ def test_rounded_clamp(one, slope, bound, jit):
     np.testing.assert_allclose(by_threshold, np.sum(upstream * high) * bound / 2.0, rtol=1e-5)
 
 
+def test_rounded_clamp_by_hand():
+    """b = 2, s = 1/4: at 0 it is s log 2 and its slope a half, but for what the other corner, 8 s away, takes off."""
+
+    def function(representation):
+        rounded = RateCoding().rounded_clamp(representation, np.float32(2.0), 0.125)
+        return ops.sum(rounded), rounded
+
+    _, rounded, (gradient,) = helpers.value_and_grads(function, np.array([0, 1, 2], "float32"))
+    np.testing.assert_allclose(rounded, [0.173203, 1.0, 1.826797], atol=1e-5)
+    np.testing.assert_allclose(gradient, [0.499665, 0.964028, 0.499665], atol=1e-5)
+
+
+@CODINGS
+def test_rounded_corners_are_the_mean_over_logistic_noise(one):
+    x = np.linspace(-3, 9, 13, dtype="float32")
+    scale = 0.125 * one.bound(2.0)
+    quantiles = (np.arange(20_000) + 0.5) / 20_000
+    noise = (scale * np.log(quantiles / (1 - quantiles))).astype("float32")
+    # The noise is in what is clamped.
+    back = x[:, None] + noise / helpers.numpy(one.unclamped(np.float32(1.0)))
+    mean = helpers.numpy(one.clamp(back, np.float32(2.0))).mean(axis=1)
+    np.testing.assert_allclose(helpers.numpy(one.rounded_clamp(x, np.float32(2.0), 0.125)), mean, atol=2e-3)
+
+
+@pytest.mark.parametrize("width", [0.0, -0.1, float("nan")])
+def test_corners_without_a_width_are_refused(width):
+    with pytest.raises(ValueError, match="have a width above 0"):
+        RateCoding().rounded_clamp(np.zeros(3, "float32"), np.float32(1.0), width)
+
+
 @CODINGS
 def test_narrow_corners_are_the_clamps(one):
     representation = np.linspace(-3, 9, 50, dtype="float32")

@@ -480,7 +480,7 @@ def test_a_damaged_test_image_is_named_and_left_out_only_if_asked(of_images, tmp
     assert cli.main([*train, "--folder", str(tmp_path / "one")]) == 1
     error = capsys.readouterr().err
     assert f"keras-dsr: {damaged}: the image cannot be read" in error
-    assert "set skip_corrupt=true" in error
+    assert "train anew with skip_corrupt=true" in error
     assert "Traceback" not in error
     with pytest.warns(UserWarning, match=re.escape(str(damaged))):
         assert cli.main([*train, "--set", "skip_corrupt=true", "--folder", str(tmp_path / "other")]) == 0
@@ -502,6 +502,13 @@ def test_recordings_that_do_not_tell_their_sensor_train(tmp_path, monkeypatch, c
     assert "in a recipe sensor=34,34" in capsys.readouterr().err
     assert cli.main([*train, "--set", "sensor=8,9", "--folder", str(tmp_path / "other")]) == 0
     assert keras.models.load_model(tmp_path / "other" / "model.keras").input_shape == (None, 2, 8, 9, 2)
+
+    damaged = tmp_path / "data" / "cow" / "3.npz"
+    damaged.write_bytes(damaged.read_bytes()[:-40])
+    assert cli.main([*train, "--set", "sensor=8,9", "--folder", str(tmp_path / "third")]) == 1
+    error = capsys.readouterr().err
+    assert str(damaged) in error
+    assert "train anew with skip_corrupt=true" in error
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,11 @@ def load(
         kind = name
         data_dir = data_dir or os.environ.get("KERAS_DSR_DATA") or None
 
+    if skip_corrupt and kind != "folder" and (kind == "digits_events" or not has_events(name)):
+        raise ValueError(
+            f"{name!r} has no files of its own that could be left out. Leave skip_corrupt out. Received "
+            "skip_corrupt=True."
+        )
     if has_events(name):
         if timesteps is None:
             raise ValueError(f"{name!r} has events, which become frames. Pass timesteps, their number.")
@@ -133,8 +138,6 @@ def load(
         raise ValueError(f"{name!r} has images and no sensor. Leave sensor out. Received sensor={sensor!r}.")
     if size is not None and kind != "folder":
         raise ValueError(f"The inputs of {name!r} have one size. Leave size out. Received size={size!r}.")
-    if skip_corrupt and kind != "folder":
-        raise ValueError(f"{name!r} has no files of its own that could be left out. Leave skip_corrupt out.")
     if kind == "digits":
         if validation is not None:
             raise ValueError(f"The parts of 'digits' are fixed. Leave validation out. Received {validation!r}.")

@@ -120,6 +120,7 @@ def test_an_environment_variable_says_where_data_sets_are(asked, monkeypatch):
         ("digits", {"size": (9, 9)}, r"inputs of 'digits' have one size. .* Received size=\(9, 9\)"),
         ("cifar10", {"size": (9, 9)}, r"Received size=\(9, 9\)"),
         ("digits", {"skip_corrupt": True}, "'digits' has no files of its own that could be left out"),
+        ("digits_events", {"timesteps": 4, "skip_corrupt": True}, "'digits_events' has no files .*skip_corrupt=True"),
         ("cifar10", {"skip_corrupt": True}, "'cifar10' has no files of its own .* Leave skip_corrupt out"),
         ("folder:here", {"sensor": (9, 9)}, r"images and no sensor. .* Received sensor=\(9, 9\)"),
     ],

@@ -63,6 +63,8 @@ def test_words_become_a_space(text, expected):
         (["learning_rate=-1:1"], r"learning_rate must be above 0"),
         (["epochs=1:9"], r"All trials of a search share epochs"),
         (["seed=1:9"], r"All trials of a search share seed"),
+        (["skip_corrupt=true,false"], r"All trials of a search share skip_corrupt"),
+        (["corner_width=-0.1:0.2"], r"corner_width=-0\.1"),
         (["selection=best,last"], r"All trials of a search share selection"),
         (["neuron=if,lef"], r"neuron is one of"),
         (["tau=1:2"], r"tau is a setting of LIF neurons, and those of 'digits' are IF.*set neuron=lif"),

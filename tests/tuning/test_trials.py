@@ -261,4 +261,8 @@ def test_the_data_set_is_loaded_once(monkeypatch):
     assert trials._data_of(dataclasses.replace(TINY, timesteps=7)) == trials._data_of(TINY)
     events = recipes.get("digits-events")
     assert trials._data_of(dataclasses.replace(events, timesteps=7)) != trials._data_of(events)
+    recipe = dataclasses.replace(events, sensor=(5, 6), skip_corrupt=True, size=(7, 8), slicing="time", validation=0.2)
+    kept = trials._data_of(recipe)
+    for name in ("data", "timesteps", "size", "slicing", "sensor", "skip_corrupt", "validation", "selection"):
+        assert getattr(kept, name) == getattr(recipe, name)
     trials._loaded.cache_clear()
