@@ -196,9 +196,6 @@ def main() -> None:
     parser.add_argument("--precision", choices=["float32", "float64"], default="float32")
     parser.add_argument("--engine", choices=["tensorflow", "jax"], nargs="+", default=["tensorflow", "jax"])
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="as keras-dsr train takes it")
-    parser.add_argument(
-        "--name", help="name of the result files; default: replicas, with _small and _float64 as they apply"
-    )
     parser.add_argument("--timeout", type=float, default=1800, help="seconds that one case may take")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -265,10 +262,7 @@ def main() -> None:
         ),
         "",
     ]
-    name = (
-        options.name
-        or f"replicas{'_small' if options.small else ''}{'_float64' if options.precision == 'float64' else ''}"
-    )
+    name = f"replicas{'_small' if options.small else ''}{'_float64' if options.precision == 'float64' else ''}"
     write(name, {"machine": host, "options": {**vars(options), "data_dir": "DIR"}, "rows": rows}, "\n".join(table))
     print("\n".join(table))
 

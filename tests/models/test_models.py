@@ -303,7 +303,7 @@ def test_without_a_number_of_steps_a_residual_network_has_the_papers():
 @pytest.mark.skipif(helpers.BACKEND != "jax", reason="reads programs of JAX")
 @pytest.mark.parametrize("neuron", ["if", "lif"])
 def test_nothing_that_a_backward_pass_keeps_or_computes_has_a_time_axis(neuron):
-    """Of a residual network; the forward pass, and the gradient of the same network on plain tensors, have many."""
+    """Of a residual network. Its forward pass has many such arrays, and so has the backward pass of a plain tensor."""
     import jax
 
     steps = 7  # no other axis has this length, nor twice that, which is batch x time
