@@ -34,7 +34,7 @@ from keras_dsr import checkpoints, models, recipes
 from keras_dsr.analysis import firing
 from keras_dsr.files import replacing
 from keras_dsr.optimizers import SGD
-from keras_dsr.recipes import Recipe
+from keras_dsr.recipes import Plan, Recipe
 
 MEAN = 255 * np.array([0.4914, 0.4822, 0.4465], "float32")
 STD = 255 * np.array([0.2023, 0.1994, 0.2010], "float32")
@@ -172,25 +172,12 @@ def learning_rates(largest: float, warmup: int, done: int, steps: int, begin: fl
     return (largest * rise * (1 + np.cos(np.pi * progress)) / 2).astype("float32")
 
 
-def stages_of(recipe: Recipe) -> list[dict[str, Any]]:
-    """The stages of a recipe, as `keras_dsr.training` has them."""
-    last = {"name": "spiking", "timesteps": recipe.timesteps, "representation_steps": None, "epochs": recipe.epochs}
-    last |= {"learning_rate": recipe.learning_rate, "weight_decay": recipe.weight_decay}
-    if not recipe.hybrid_epochs:
-        return [last]
-    first = {**last, "name": "representation", "timesteps": 0, "epochs": recipe.hybrid_epochs}
-    first |= {"learning_rate": recipe.hybrid_learning_rate, "weight_decay": recipe.hybrid_weight_decay}
-    second = {**first, "name": "quantized", "representation_steps": recipe.timesteps}
-    second |= {"epochs": recipe.hybrid_quantized_epochs, "learning_rate": recipe.hybrid_quantized_learning_rate}
-    return [first, *([second] if second["epochs"] else []), last]
-
-
-def prepared(model: keras.Model, recipe: Recipe, number: int, stage: dict[str, Any], train: Images) -> list[np.ndarray]:
-    """Weights of one stage's model, made ready for the next stage."""
+def prepared(model: keras.Model, recipe: Recipe, plan: Plan, train: Images) -> list[np.ndarray]:
+    """Weights of one stage's model, made ready for the stage that follows."""
     examples = list(train.batches(128, CALIBRATION_IMAGES))
-    if number == 1:
+    if plan.number == 1:  # later, thresholds are those that weights were trained with
         models.calibrate_thresholds(model, examples, recipe.hybrid_percentile)
-    if not stage["timesteps"]:
+    if not plan.timesteps:
         return model.get_weights()
     spiking = recipe.build(10, (32, 32, 3))
     spiking.set_weights(model.get_weights())
@@ -201,7 +188,7 @@ def prepared(model: keras.Model, recipe: Recipe, number: int, stage: dict[str, A
 def train_stage(
     model: keras.Model,
     recipe: Recipe,
-    stage: dict[str, Any],
+    plan: Plan,
     train: Images,
     validation: Images,
     *,
@@ -216,7 +203,7 @@ def train_stage(
     Args:
         model: The model.
         recipe: The recipe.
-        stage: Of `stages_of`.
+        plan: The stage.
         train: Images to train on.
         validation: Images to evaluate on, after each epoch.
         seconds: How long, if not for the stage's epochs.
@@ -232,14 +219,14 @@ def train_stage(
     variables = variables_of(model)
     held = tuple([v.value for v in each] for each in variables)
     steps = len(train.x) // recipe.batch_size
-    warmup = min(recipe.warmup_steps, steps * stage["epochs"] // 5)
+    warmup = min(recipe.warmup_steps, steps * plan.epochs // 5)
     key = jax.random.key(seed)
     began = time.perf_counter()
-    flat = learning_rates(stage["learning_rate"], warmup, 0, steps, 0.0, 0.0)
+    flat = learning_rates(plan.learning_rate, warmup, 0, steps, 0.0, 0.0)
     epoch_of = epoch_program(model, recipe, loss_of).lower(held, train.x, train.y, key, flat).compile()
     accuracy_of = accuracy_program(model)
     start = accuracy_of(held[0], held[1], validation)
-    print(f"{stage['name']}: from {start:.2%}, compiled in {time.perf_counter() - began:.0f} s", flush=True)
+    print(f"{plan.name}: from {start:.2%}, compiled in {time.perf_counter() - began:.0f} s", flush=True)
 
     def bring() -> None:
         for each, values in zip(variables, held, strict=True):
@@ -247,14 +234,14 @@ def train_stage(
                 variable.assign(value)
 
     done, passed, progress = len(rows), sum(row["seconds"] for row in rows), rows[-1]["progress"] if rows else 0.0
-    last = not stage["epochs"]
+    last = not plan.epochs
     while not last:
         started = time.perf_counter()
-        left = stage["epochs"] - done
+        left = plan.epochs - done
         if seconds is not None:  # the first epoch tells how many there will be
             left = max(round((seconds - passed) * done / passed), 1) if done else 10**6
         last, end = left == 1, progress + (1 - progress) / left
-        rates = learning_rates(stage["learning_rate"], warmup, done * steps, steps, progress, end)
+        rates = learning_rates(plan.learning_rate, warmup, done * steps, steps, progress, end)
         held, loss, right = epoch_of(held, train.x, train.y, jax.random.fold_in(key, done), rates)
         row = {"epoch": done + 1, "accuracy": float(right), "loss": float(loss), "progress": end}
         row["val_accuracy"] = accuracy_of(held[0], held[1], validation)
@@ -308,25 +295,27 @@ def train_recipe(
         if any(state[name] != value for name, value in about.items()):
             raise SystemExit(f"{folder} has a run with other settings; name another --folder.")
 
-    stages, weights = stages_of(recipe), None
-    for number, stage in enumerate(stages):
-        final = number == len(stages) - 1
-        if number < state["stage"]:
+    model, weights = None, None
+    for plan in recipe.plans():
+        if plan.number < state["stage"]:
             continue
-        keras.utils.set_random_seed(recipe.seed + 7919 * number)
+        if model is not None:
+            weights = prepared(model, recipe, plan, train)
+        seed = recipe.seed + 7919 * plan.number
+        keras.utils.set_random_seed(seed)
         keras.config.set_dtype_policy(recipe.precision)
-        model = recipe.build(10, (32, 32, 3), stage["timesteps"], stage["representation_steps"])
-        compile_model(model, recipe, stage["weight_decay"])
-        rows = [row for row in state["rows"] if row["stage"] == stage["name"]]
-        if number == state["stage"]:
+        model = recipe.build(10, (32, 32, 3), plan.timesteps, plan.representation_steps)
+        compile_model(model, recipe, plan.weight_decay)
+        rows = [row for row in state["rows"] if row["stage"] == plan.name]
+        if plan.number == state["stage"]:
             checkpoints.restore(checkpoint, model)
         elif weights is not None:
             model.set_weights(weights)
 
-        def after(row, last, bring, model=model, number=number, stage=stage, final=final):
-            state["rows"].append({"stage": stage["name"], **row})
-            state["stage"] = number
-            best = final and row["val_accuracy"] >= state["best"]
+        def after(row, last, bring, model=model, plan=plan):
+            state["rows"].append({"stage": plan.name, **row})
+            state["stage"] = plan.number
+            best = plan.last and row["val_accuracy"] >= state["best"]
             ends = last or row["epoch"] % keep == 0
             if best or ends:
                 bring()
@@ -340,16 +329,14 @@ def train_recipe(
             train_stage(
                 model,
                 recipe,
-                stage,
+                plan,
                 train,
                 validation,
-                seconds=minutes and 60 * minutes[number],
+                seconds=minutes and 60 * minutes[plan.number],
                 rows=rows,
-                seed=recipe.seed + 7919 * number,
+                seed=seed,
                 after=after,
             )
-        if not final:
-            weights = prepared(model, recipe, number + 1, stages[number + 1], train)
 
     keras.config.set_dtype_policy("float32")
     jax.config.update("jax_default_matmul_precision", "highest")
@@ -384,8 +371,8 @@ def main() -> None:
         raise SystemExit(f"A recipe on CIFAR-10 that trains with SGD is needed. Received {recipe.name!r}.")
     if unknown := set(recipe.augmentation) - set(CHANGES):
         raise SystemExit(f"Of augmentations there are {CHANGES} here. Received {sorted(unknown)}.")
-    if options.minutes and len(options.minutes) != len(stages_of(recipe)):
-        raise SystemExit(f"{recipe.name} has {len(stages_of(recipe))} stages. Received --minutes {options.minutes}.")
+    if options.minutes and len(options.minutes) != len(recipe.plans()):
+        raise SystemExit(f"{recipe.name} has {len(recipe.plans())} stages. Received --minutes {options.minutes}.")
     images = load(options.npz, options.examples)
     outcome = train_recipe(recipe, options.folder, images, minutes=options.minutes, keep=options.keep)
     print(

@@ -34,6 +34,33 @@ STEMS = ("cifar", "imagenet")
 _DEPTHS = {"preact_resnet": PREACT_RESNET_DEPTHS, "vgg": VGG_DEPTHS}
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One stage of a training; the last one's network is the result.
+
+    Args:
+        name: "representation", "quantized" or "spiking".
+        number: Of the stage, from 0.
+        timesteps: Number of time steps of its network; 0 for the representation network.
+        representation_steps: As in the neuron layers.
+        epochs: Passes over the training part.
+        optimizer: "sgd" or "adam".
+        learning_rate: Largest learning rate.
+        weight_decay: Weight decay.
+        last: Whether it is the last.
+    """
+
+    name: str
+    number: int
+    timesteps: int
+    representation_steps: int | None
+    epochs: int
+    optimizer: str
+    learning_rate: float
+    weight_decay: float
+    last: bool = False
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """The settings of a training run. Defaults are the paper's for CIFAR-10 with IF neurons.
@@ -226,6 +253,19 @@ class Recipe:
                     f"{prefix}weight_decay belongs to the optimizer 'sgd'. Received {prefix}optimizer='adam', "
                     f"{prefix}weight_decay={getattr(self, f'{prefix}weight_decay')!r}; set it to 0."
                 )
+
+    def plans(self) -> tuple[Plan, ...]:
+        """The stages of its training, one after another: the spiking one alone, or those of hybrid training first."""
+        spiking = "spiking" if self.timesteps else "representation"
+        own = (self.epochs, self.optimizer, self.learning_rate, self.weight_decay)
+        if not self.hybrid_epochs:
+            return (Plan(spiking, 0, self.timesteps, None, *own, last=True),)
+        first = (self.hybrid_epochs, self.hybrid_optimizer, self.hybrid_learning_rate, self.hybrid_weight_decay)
+        plans = [Plan("representation", 0, 0, None, *first)]
+        if self.hybrid_quantized_epochs:
+            quantized = (self.hybrid_optimizer, self.hybrid_quantized_learning_rate, self.hybrid_weight_decay)
+            plans.append(Plan("quantized", 1, 0, self.timesteps, self.hybrid_quantized_epochs, *quantized))
+        return (*plans, Plan(spiking, len(plans), self.timesteps, None, *own, last=True))
 
     def neuron_layer(self, timesteps: int | None = None, representation_steps: int | None = None) -> SpikingNeuron:
         """A neuron layer with this recipe's settings, which `keras_dsr.models` give to all neurons of a network.

@@ -38,7 +38,7 @@ from keras_dsr.files import replacing
 from keras_dsr.models import presets
 from keras_dsr.models.presets import Card
 from keras_dsr.optimizers import SGD
-from keras_dsr.recipes import Recipe
+from keras_dsr.recipes import Plan, Recipe
 from keras_dsr.runs import Stage, Summary
 
 __all__ = [
@@ -66,34 +66,6 @@ _CALIBRATED = "calibrated.npz"
 _IF_DAMAGED = "Mend it and go on, or train anew with skip_corrupt=true."
 # Compiling the representation network by XLA takes seconds and then saves a fifth of each step on a CPU.
 _STEPS_WORTH_COMPILING = 1000
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """One stage of a training, as its recipe wants it; the last one's network is the result."""
-
-    name: str
-    number: int
-    timesteps: int
-    representation_steps: int | None
-    epochs: int
-    optimizer: str
-    learning_rate: float
-    weight_decay: float
-    last: bool = False
-
-
-def _plans(recipe: Recipe) -> list[_Plan]:
-    spiking = "spiking" if recipe.timesteps else "representation"
-    own = (recipe.epochs, recipe.optimizer, recipe.learning_rate, recipe.weight_decay)
-    if not recipe.hybrid_epochs:
-        return [_Plan(spiking, 0, recipe.timesteps, None, *own, last=True)]
-    first = (recipe.hybrid_epochs, recipe.hybrid_optimizer, recipe.hybrid_learning_rate, recipe.hybrid_weight_decay)
-    plans = [_Plan("representation", 0, 0, None, *first)]
-    if recipe.hybrid_quantized_epochs:
-        quantized = (recipe.hybrid_optimizer, recipe.hybrid_quantized_learning_rate, recipe.hybrid_weight_decay)
-        plans.append(_Plan("quantized", 1, 0, recipe.timesteps, recipe.hybrid_quantized_epochs, *quantized))
-    return [*plans, _Plan(spiking, len(plans), recipe.timesteps, None, *own, last=True)]
 
 
 def compile_model(
@@ -141,7 +113,7 @@ def compile_model(
 class _Keeper(keras.callbacks.Callback):
     """Keeps the history and a checkpoint of each epoch, and the weights of the best one."""
 
-    def __init__(self, folder: Path, plan: _Plan, state: dict[str, Any], keep_best: bool, writes: bool) -> None:
+    def __init__(self, folder: Path, plan: Plan, state: dict[str, Any], keep_best: bool, writes: bool) -> None:
         super().__init__()
         self.folder = folder
         self.writes = writes
@@ -326,7 +298,7 @@ def fit(
         require_validation(recipe, loaded)
         begun = (folder / "checkpoint.npz").is_file()
         model, state = _run_stages(recipe, folder, strategy(), loaded, begun, False, verbose, callbacks)
-        rows = [row for row in state["rows"] if row["stage"] == _plans(recipe)[-1].name]
+        rows = [row for row in state["rows"] if row["stage"] == recipe.plans()[-1].name]
         last = rows[-1]["val_accuracy"] if rows else state["calibrated"]
         return Fitted(
             validation_accuracy=state["best"][1] if state["best"][0] else last,
@@ -368,7 +340,7 @@ def _run_stages(
     state["devices"] = devices.facts()
 
     model = None
-    for plan in _plans(recipe):
+    for plan in recipe.plans():
         if plan.number < state["stage"]:
             continue
         weights = None if model is None else _calibrated_by_chief(devices, folder, model, recipe, plan, loaded)
@@ -431,7 +403,7 @@ def require_validation(recipe: Recipe, loaded: DataSet) -> None:
 
 
 def _calibrated_by_chief(
-    devices: Strategy, folder: Path, model: keras.Model, recipe: Recipe, plan: _Plan, loaded: DataSet
+    devices: Strategy, folder: Path, model: keras.Model, recipe: Recipe, plan: Plan, loaded: DataSet
 ) -> list[np.ndarray]:
     """What `_calibrated` gives, the same in all processes to the last bit, whatever processors they have.
 
@@ -458,7 +430,7 @@ def _calibrated_by_chief(
         return [archive[name] for name in sorted(archive)]
 
 
-def _calibrated(model: keras.Model, recipe: Recipe, plan: _Plan, loaded: DataSet) -> list[np.ndarray]:
+def _calibrated(model: keras.Model, recipe: Recipe, plan: Plan, loaded: DataSet) -> list[np.ndarray]:
     """Weights of a trained representation network, made ready for the stage that follows.
 
     Args:
@@ -482,7 +454,7 @@ def _calibrated(model: keras.Model, recipe: Recipe, plan: _Plan, loaded: DataSet
 
 def _run_stage(
     recipe: Recipe,
-    plan: _Plan,
+    plan: Plan,
     folder: Path,
     devices: Strategy,
     loaded: DataSet,
@@ -544,18 +516,18 @@ def stages(
     Yields:
         Name of a stage, and its model.
     """
-    for plan in _plans(recipe):
+    for plan in recipe.plans():
         model = _build(recipe, plan, classes, input_shape)
         _compile(model, recipe, plan, steps, "auto")
         yield plan.name, model
 
 
-def _build(recipe: Recipe, plan: _Plan, classes: int, input_shape: tuple[int, ...]) -> keras.Model:
+def _build(recipe: Recipe, plan: Plan, classes: int, input_shape: tuple[int, ...]) -> keras.Model:
     with dtype_policy(recipe.precision):
         return recipe.build(classes, input_shape, plan.timesteps, plan.representation_steps)
 
 
-def _compile(model: keras.Model, recipe: Recipe, plan: _Plan, steps: int, jit_compile: bool | str) -> None:
+def _compile(model: keras.Model, recipe: Recipe, plan: Plan, steps: int, jit_compile: bool | str) -> None:
     compile_model(
         model,
         recipe,
@@ -570,7 +542,7 @@ def _compile(model: keras.Model, recipe: Recipe, plan: _Plan, steps: int, jit_co
 def _fit(
     model: keras.Model,
     recipe: Recipe,
-    plan: _Plan,
+    plan: Plan,
     folder: Path,
     devices: Strategy,
     loaded: DataSet,
@@ -730,7 +702,7 @@ def _write_results(recipe: Recipe, folder: Path, loaded: DataSet, state: dict[st
         model.save(beside)
     rows = state["rows"]
     stages = []
-    for plan in _plans(recipe):
+    for plan in recipe.plans():
         mine = [row for row in rows if row["stage"] == plan.name]
         calibrated = state["calibrated"] if plan.last and plan.number else None
         accuracies = [row.get("val_accuracy") for row in mine] or [calibrated]
