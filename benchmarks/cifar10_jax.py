@@ -5,8 +5,8 @@
 
 The recipes are those of `keras_dsr.recipes`, hybrid training included; data is a .npz file with x_train, y_train,
 x_test and y_test, uint8. Images lie on the device and are cropped, flipped and cut out there; an epoch is one XLA
-program, so that a small network is not held up by Python. 5,000 images are set aside for validation, which chooses the
-epoch of the last stage; the test images are looked at once, in float32. Called again, it goes on from its last
+program, so that a small network is not held up by Python. Images set aside for validation choose the epoch of the last
+stage; the test images are looked at once, in float32. Called again, it goes on from its last
 checkpoint. Where a machine is lent by the minute, `--minutes` says how long each stage trains, compiling apart: its
 learning rate then falls along the cosine with the time that is gone, and not with the epochs.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -138,7 +139,7 @@ def accuracy_program(model: keras.Model) -> Callable:
             logits, _ = model.stateless_call(weights, state, standardized(batch[0]), training=False)
             return total + (logits.argmax(-1) == batch[1]).sum(), None
 
-        size = EVALUATION_BATCH
+        size = math.gcd(len(x), EVALUATION_BATCH)
         shaped = [part.reshape(-1, size, *part.shape[1:]) for part in (x, y)]
         return jax.lax.scan(count, 0, shaped)[0] / len(x)
 
@@ -240,7 +241,8 @@ def train_stage(
         left = plan.epochs - done
         if seconds is not None:  # the first epoch tells how many there will be
             left = max(round((seconds - passed) * done / passed), 1) if done else 10**6
-        last, end = left == 1, progress + (1 - progress) / left
+        last = left == 1
+        end = 1.0 if last else progress + (1 - progress) / left
         rates = learning_rates(plan.learning_rate, warmup, done * steps, steps, progress, end)
         held, loss, right = epoch_of(held, train.x, train.y, jax.random.fold_in(key, done), rates)
         row = {"epoch": done + 1, "accuracy": float(right), "loss": float(loss), "progress": end}
@@ -253,13 +255,13 @@ def train_stage(
     bring()
 
 
-def load(path: Path, examples: int | None = None) -> tuple[Images, Images, Images]:
+def load(path: Path, validation: int = 5000, examples: int | None = None) -> tuple[Images, Images, Images]:
     """Training, validation and test images."""
     with np.load(path) as arrays:
         x, y, x_test, y_test = (arrays[name] for name in ("x_train", "y_train", "x_test", "y_test"))
     y, y_test = y.ravel().astype("int32"), y_test.ravel().astype("int32")
     rest, held_out = sklearn.model_selection.train_test_split(
-        np.arange(len(x)), test_size=5000, stratify=y, random_state=0
+        np.arange(len(x)), test_size=validation, stratify=y, random_state=0
     )
     rest = rest[:examples]
     return tuple(
@@ -315,7 +317,7 @@ def train_recipe(
         def after(row, last, bring, model=model, plan=plan):
             state["rows"].append({"stage": plan.name, **row})
             state["stage"] = plan.number
-            best = plan.last and row["val_accuracy"] >= state["best"]
+            best = plan.last and (recipe.selection == "last" or row["val_accuracy"] >= state["best"])
             ends = last or row["epoch"] % keep == 0
             if best or ends:
                 bring()
@@ -360,6 +362,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--npz", type=Path, required=True, help="the images")
     parser.add_argument("--recipe", default="cifar10-if-n5", help="a recipe on CIFAR-10")
+    parser.add_argument("--validation", type=int, default=5000, help="images set aside to choose the epoch by")
     parser.add_argument("--examples", type=int, help="fewer training images, to try it out")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting")
     parser.add_argument("--folder", type=Path, default=Path("runs/cifar10-jax"))
@@ -373,7 +376,7 @@ def main() -> None:
         raise SystemExit(f"Of augmentations there are {CHANGES} here. Received {sorted(unknown)}.")
     if options.minutes and len(options.minutes) != len(recipe.plans()):
         raise SystemExit(f"{recipe.name} has {len(recipe.plans())} stages. Received --minutes {options.minutes}.")
-    images = load(options.npz, options.examples)
+    images = load(options.npz, options.validation, options.examples)
     outcome = train_recipe(recipe, options.folder, images, minutes=options.minutes, keep=options.keep)
     print(
         f"{recipe.name}: test accuracy {outcome['test_accuracy']:.2%}, validation accuracy {outcome['best']:.2%}, "

@@ -17,6 +17,7 @@ import keras
 import numpy as np
 import pytest
 
+from keras_dsr import recipes
 from keras_dsr.export.report import Report, Row
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -628,6 +629,114 @@ def test_the_gpu_benchmark_runs_on_a_cpu(benchmark, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "| bfloat16 | 2 | ours, JAX |" in done.stdout
     assert "failed" not in done.stdout
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """A file such as CIFAR-10's, small, whose classes are brightnesses."""
+    generator = np.random.default_rng(0)
+    y = np.arange(300) % 10
+    x = np.clip(25 * y[:, None, None, None] + generator.integers(0, 20, (300, 32, 32, 3)), 0, 255).astype("uint8")
+    path = tmp_path / "small.npz"
+    np.savez(path, x_train=x[:200], y_train=y[:200, None], x_test=x[200:], y_test=y[200:, None])
+    return path
+
+
+def test_training_on_jax_alone_goes_on_and_is_evaluated_once(benchmark, photographs, tmp_path, monkeypatch, capsys):
+    if helpers.BACKEND != "jax":
+        pytest.skip("cifar10_jax.py runs on JAX alone")
+    cifar10 = benchmark("cifar10_jax")
+    settings = {"network": "small_cnn", "widths": "8,8", "timesteps": "4", "batch_size": "20", "augmentation": "cutout"}
+    settings |= {"hybrid_epochs": "3", "hybrid_quantized_epochs": "1", "epochs": "2", "threshold": "2"}
+    recipe = recipes.get("cifar10-if-n5").with_settings(settings)
+    images = cifar10.load(photographs, validation=50)
+    whole = cifar10.train_recipe(recipe, tmp_path / "whole", images)
+    assert [row["stage"] for row in whole["rows"]] == 3 * ["representation"] + ["quantized"] + 2 * ["spiking"]
+    assert whole["best"] == max(row["val_accuracy"] for row in whole["rows"][-2:])
+
+    # An epoch of the first stage, one of the last, then killed: each time it goes on.
+    saves, save = [], cifar10.checkpoints.save
+
+    def killed(*arguments):
+        save(*arguments)
+        saves.append(arguments)
+        if len(saves) in (2, 5):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cifar10.checkpoints, "save", killed)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            cifar10.train_recipe(recipe, tmp_path / "killed", images, keep=1)
+    killed_outcome = cifar10.train_recipe(recipe, tmp_path / "killed", images, keep=1)
+    assert len(saves) == 6
+    assert killed_outcome["test_accuracy"] == whole["test_accuracy"]
+    with np.load(tmp_path / "whole" / "weights.npz") as ours, np.load(tmp_path / "killed" / "weights.npz") as theirs:
+        weights = [ours[name] for name in ours]
+        for name in ours:
+            np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+    model = recipe.build(10, (32, 32, 3))
+    model.set_weights(weights)
+    model.compile(metrics=["accuracy"], loss="sparse_categorical_crossentropy")
+    x, y = (np.asarray(part) for part in (cifar10.standardized(images[2].x), images[2].y))
+    right = float((model.predict(x, verbose=0).argmax(-1) == y).mean())
+    assert whole["test_accuracy"] == pytest.approx(right)
+    assert right > 0.2  # 0.1 by chance
+
+    with pytest.raises(SystemExit, match="other settings"):
+        cifar10.train_recipe(recipe, tmp_path / "killed", images, minutes=[1.0, 1.0, 1.0])
+
+
+def test_a_stage_on_jax_alone_ends_when_its_time_is_over(benchmark, photographs, tmp_path, monkeypatch):
+    if helpers.BACKEND != "jax":
+        pytest.skip("cifar10_jax.py runs on JAX alone")
+    cifar10 = benchmark("cifar10_jax")
+    settings = {"network": "small_cnn", "widths": "4", "timesteps": "2", "batch_size": "20", "epochs": "50"}
+    recipe = recipes.get("cifar10-if-n5").with_settings(settings)
+    clock = iter(np.arange(0.0, 1000.0, 5.0))  # an epoch takes 5 seconds of it
+    monkeypatch.setattr(cifar10.time, "perf_counter", lambda: next(clock))
+    outcome = cifar10.train_recipe(recipe, tmp_path, cifar10.load(photographs, validation=50), minutes=[0.5])
+    progress = [row["progress"] for row in outcome["rows"]]
+    assert progress == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0], abs=1e-5)
+    assert outcome["seconds"] == 30.0
+
+
+def test_learning_rates_of_an_epoch_on_jax_alone(benchmark):
+    if helpers.BACKEND != "jax":
+        pytest.skip("cifar10_jax.py runs on JAX alone")
+    cifar10 = benchmark("cifar10_jax")
+    rates = cifar10.learning_rates(0.1, 4, 2, 4, 0.0, 0.5)
+    assert rates == pytest.approx(0.1 * np.array([0.5, 0.75, 1, 1]) * (1 + np.cos(np.pi * np.arange(4) / 8)) / 2)
+
+
+def test_changes_on_jax_alone(benchmark):
+    if helpers.BACKEND != "jax":
+        pytest.skip("cifar10_jax.py runs on JAX alone")
+    import jax
+
+    cifar10 = benchmark("cifar10_jax")
+    x = np.asarray(cifar10.standardized(np.random.default_rng(0).integers(1, 256, (40, 32, 32, 3)).astype("uint8")))
+    black = np.asarray(cifar10.standardized(np.zeros((32, 32, 3), "uint8")))
+
+    def changed(change):
+        recipe = recipes.get("cifar10-if").with_settings({"augmentation": change, "padding": "2", "cutout": "6"})
+        return np.asarray(cifar10.changed(x, jax.random.key(1), recipe))
+
+    flipped = [np.array_equal(new, old[:, ::-1]) for new, old in zip(changed("flip"), x, strict=True)]
+    kept = [np.array_equal(new, old) for new, old in zip(changed("flip"), x, strict=True)]
+    assert sum(flipped) + sum(kept) == 40
+    assert 5 < sum(flipped) < 35
+    for new, old in zip(changed("crop"), x, strict=True):
+        padded = np.pad(old - black, ((2, 2), (2, 2), (0, 0))) + np.tile(black[:1, :1], (36, 36, 1))
+        cuts = [padded[r : r + 32, c : c + 32] for r in range(5) for c in range(5)]
+        assert any(np.allclose(new, cut, atol=1e-5) for cut in cuts)
+    for new, old in zip(changed("cutout"), x, strict=True):
+        blank = (new == 0).all(-1)
+        rows, columns = blank.any(1), blank.any(0)
+        assert np.array_equal(blank, rows[:, None] & columns[None])
+        assert 3 <= rows.sum() <= 6
+        assert 3 <= columns.sum() <= 6
+        np.testing.assert_array_equal(new[~blank], old[~blank])
 
 
 def test_options_have_help(benchmark):
