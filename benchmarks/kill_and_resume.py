@@ -1,6 +1,6 @@
 """Kills a training at random moments, resumes it each time, and compares what comes out with an unbroken run.
 
-    python benchmarks/kill_and_resume.py --kills 10          # hybrid training on the digits, with dropout
+    python benchmarks/kill_and_resume.py --kills 10          # hybrid training in three stages on the digits, with dropout
     python benchmarks/kill_and_resume.py --jax
 
 The process gets SIGKILL, so nothing of it has a chance to tidy up. Afterwards every weight of the two models, the
@@ -23,8 +23,9 @@ from pathlib import Path
 from measure import machine, write
 
 SETTINGS = (
-    "epochs=4",
-    "hybrid_epochs=3",
+    "epochs=3",
+    "hybrid_epochs=2",
+    "hybrid_quantized_epochs=2",
     "hybrid_optimizer=sgd",
     "hybrid_learning_rate=0.05",
     "selection=best",

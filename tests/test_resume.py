@@ -28,7 +28,7 @@ def script(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
-    fewer = ("epochs=2", "hybrid_epochs=2", "widths=4", "train_examples=320")
+    fewer = ("epochs=2", "hybrid_epochs=2", "hybrid_quantized_epochs=1", "widths=4", "train_examples=320")
     monkeypatch.setattr(module, "SETTINGS", (*module.SETTINGS, *fewer))
     return module
 
@@ -51,7 +51,7 @@ def killed_after(script, folder, epochs, delay):
         process.wait()
 
 
-def test_a_run_that_is_killed_three_times_ends_as_one_that_was_not(script, tmp_path):
+def test_a_run_that_is_killed_four_times_ends_as_one_that_was_not(script, tmp_path):
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     finished, _ = script.run(unbroken, "tensorflow")
     assert finished
@@ -59,10 +59,11 @@ def test_a_run_that_is_killed_three_times_ends_as_one_that_was_not(script, tmp_p
     assert [(row["stage"], row["epoch"]) for row in rows] == [
         ("representation", "1"),
         ("representation", "2"),
+        ("quantized", "1"),
         ("spiking", "1"),
         ("spiking", "2"),
     ]
-    for epochs in (1, 2, 3):
+    for epochs in (1, 2, 3, 4):
         # In the midst of the next epoch, between the stages, as a file is written.
         delay = random.SystemRandom().uniform(0, 0.3)
         print(f"killed {delay:.3f} s after epoch {epochs}")
