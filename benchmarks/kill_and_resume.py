@@ -1,6 +1,6 @@
 """Kills a training at random moments, resumes it each time, and compares what comes out with an unbroken run.
 
-    python benchmarks/kill_and_resume.py --kills 10          # hybrid training in three stages on the digits, with dropout
+    python benchmarks/kill_and_resume.py --kills 10    # three stages on the digits, with dropout
     python benchmarks/kill_and_resume.py --jax
 
 The process gets SIGKILL, so nothing of it has a chance to tidy up. Afterwards every weight of the two models, the
