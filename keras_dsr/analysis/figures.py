@@ -19,8 +19,8 @@ _INK, _FAINT = "#22303c", "#d9dfe4"
 _COLORS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#787774")
 
 
-def _panel(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=_INK)
+def _panel(axes: Axes, title: str, xlabel: str, ylabel: str, fontsize: float = 11) -> None:
+    axes.set_title(title, loc="left", fontsize=fontsize, fontweight="bold", color=_INK)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.spines[["top", "right"]].set_visible(False)
@@ -62,7 +62,7 @@ def training_run(
 
     axes = figure.add_subplot(grid[0, 0])
     epochs = np.arange(1, len(history["accuracy"]) + 1)
-    axes.plot(epochs, history["accuracy"], color=_COLORS[-1], label="training (augmented, with dropout)")
+    axes.plot(epochs, history["accuracy"], color=_COLORS[-1], label="training, as it goes on")
     held_out = history.get("val_accuracy")
     if held_out:
         axes.plot(epochs, held_out, color=_COLORS[0], label="validation")
@@ -357,7 +357,7 @@ def _raster(axes: Axes, name: str, train: np.ndarray, color: str, most: int = 64
     shown = f"all {len(chosen)}" if len(chosen) == flat.shape[1] else f"{len(chosen)} of {flat.shape[1]:,}"
     # Long names have no room for more.
     title = f"{name if len(name) > 11 else f'Spikes of {name}'}\n{shown} neurons"
-    _panel(axes, title, "time step", "")
+    _panel(axes, title, "time step", "", fontsize=min(11, 11 * 18 / len(name)))
     axes.grid(visible=False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(chosen) <= 10:
