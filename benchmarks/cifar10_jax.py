@@ -6,20 +6,23 @@
 The recipes are those of `keras_dsr.recipes`, hybrid training included; data is a .npz file with x_train, y_train,
 x_test and y_test, uint8. Images lie on the device and are cropped, flipped and cut out there; an epoch is one XLA
 program, so that a small network is not held up by Python. Images set aside for validation choose the epoch of the last
-stage; the test images are looked at once, in float32. Called again, it goes on from its last
-checkpoint. Where a machine is lent by the minute, `--minutes` says how long each stage trains, compiling apart: its
-learning rate then falls along the cosine with the time that is gone, and not with the epochs.
+stage; the test images are looked at once, in float32. Called again, it goes on from its last checkpoint. What came out
+is in the folder: result.json, result.md, weights.npz.
+
+Learning rates are those of the recipe but for one thing: the cosine begins with the warm-up, not after it. With
+`--minutes` it falls with the time that is gone, so that a stage ends as long as told, two epochs at least; compiling,
+checkpoints and calibration are not in it.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
-import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ import keras
 import numpy as np
 import sklearn.model_selection
 from jax import numpy as jnp
+from measure import machine, markdown
 
 from keras_dsr import checkpoints, models, recipes
 from keras_dsr.analysis import firing
@@ -52,6 +56,7 @@ class Images:
     y: jax.Array
 
     def batches(self, size: int, number: int) -> Iterator[np.ndarray]:
+        """The first `number` of them, as networks take them, so many at a time."""
         for begin in range(0, min(number, len(self.x)), size):
             yield np.asarray(standardized(self.x[begin : begin + size]))
 
@@ -62,7 +67,13 @@ def standardized(x: jax.Array) -> jax.Array:
 
 
 def changed(x: jax.Array, key: jax.Array, recipe: Recipe) -> jax.Array:
-    """A batch of standardized images, each changed at random in its own way, as the recipe's augmentation says."""
+    """A batch of standardized images, each changed at random in its own way.
+
+    Args:
+        x: The images.
+        key: Decides what happens.
+        recipe: Its augmentation, of `CHANGES`, padding and cutout.
+    """
     keys = jax.random.split(key, 3)
     size, height, width, channels = x.shape
     if "crop" in recipe.augmentation:
@@ -83,18 +94,12 @@ def changed(x: jax.Array, key: jax.Array, recipe: Recipe) -> jax.Array:
     return x
 
 
-def cross_entropy(logits: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Mean over a batch."""
-    return keras.losses.sparse_categorical_crossentropy(y, logits, from_logits=True).mean()
-
-
-def epoch_program(model: keras.Model, recipe: Recipe, loss_of: Callable = cross_entropy) -> Callable:
+def epoch_program(model: keras.Model, recipe: Recipe) -> Callable:
     """A compiled model's training over all images once, in an order and with changes that a key decides.
 
     Args:
         model: The model.
         recipe: Batch size and augmentation.
-        loss_of: Loss from logits, inputs and labels.
 
     Returns:
         A jitted function of (weights, state, slots), images, labels, a key and the learning rate of each update, to
@@ -104,7 +109,8 @@ def epoch_program(model: keras.Model, recipe: Recipe, loss_of: Callable = cross_
     def objective(weights, state, x, y):
         logits, state, losses = model.stateless_call(weights, state, x, training=True, return_losses=True)
         logits = logits.astype("float32")
-        return loss_of(logits, x, y) + sum(losses), (state, (logits.argmax(-1) == y).mean())
+        loss = keras.losses.sparse_categorical_crossentropy(y, logits, from_logits=True).mean()
+        return loss + sum(losses), (state, (logits.argmax(-1) == y).mean())
 
     rate = next(i for i, v in enumerate(model.optimizer.variables) if v is model.optimizer.learning_rate)
 
@@ -139,8 +145,10 @@ def accuracy_program(model: keras.Model) -> Callable:
             logits, _ = model.stateless_call(weights, state, standardized(batch[0]), training=False)
             return total + (logits.argmax(-1) == batch[1]).sum(), None
 
-        size = math.gcd(len(x), EVALUATION_BATCH)
-        shaped = [part.reshape(-1, size, *part.shape[1:]) for part in (x, y)]
+        # What fills the last batch has a label that no output stands for.
+        more = -len(x) % EVALUATION_BATCH
+        x_full, y_full = jnp.pad(x, [(0, more), *[(0, 0)] * 3]), jnp.pad(y, (0, more), constant_values=-1)
+        shaped = [part.reshape(-1, EVALUATION_BATCH, *part.shape[1:]) for part in (x_full, y_full)]
         return jax.lax.scan(count, 0, shaped)[0] / len(x)
 
     return lambda weights, state, images: float(accuracy(weights, state, images.x, images.y))
@@ -167,20 +175,31 @@ def learning_rates(largest: float, warmup: int, done: int, steps: int, begin: fl
         steps: Updates of the epoch.
         begin: Which part of the stage is over, before the epoch.
         end: And after it.
+
+    Returns:
+        A rate for each update.
     """
     progress = np.linspace(begin, end, steps, endpoint=False)
-    rise = np.minimum((done + np.arange(steps)) / max(warmup, 1), 1.0) if warmup else 1.0
+    rise = np.minimum((done + np.arange(steps)) / warmup, 1.0) if warmup else 1.0
     return (largest * rise * (1 + np.cos(np.pi * progress)) / 2).astype("float32")
 
 
 def prepared(model: keras.Model, recipe: Recipe, plan: Plan, train: Images) -> list[np.ndarray]:
-    """Weights of one stage's model, made ready for the stage that follows."""
+    """Weights of one stage's model, made ready for the stage that follows.
+
+    Args:
+        model: The model; its thresholds may change.
+        recipe: The recipe.
+        plan: The stage that follows.
+        train: Images to calibrate on.
+    """
     examples = list(train.batches(128, CALIBRATION_IMAGES))
     if plan.number == 1:  # later, thresholds are those that weights were trained with
         models.calibrate_thresholds(model, examples, recipe.hybrid_percentile)
     if not plan.timesteps:
         return model.get_weights()
-    spiking = recipe.build(10, (32, 32, 3))
+    with recipes.dtype_policy(recipe.precision):
+        spiking = recipe.build(10, (32, 32, 3))
     spiking.set_weights(model.get_weights())
     models.calibrate_normalization(spiking, examples)
     return spiking.get_weights()
@@ -196,7 +215,7 @@ def train_stage(
     seconds: float | None = None,
     rows: list[dict[str, Any]],
     seed: int = 0,
-    loss_of: Callable = cross_entropy,
+    before: Callable[[dict[str, float]], None],
     after: Callable[[dict[str, Any], bool, Callable[[], None]], None],
 ) -> None:
     """Trains a compiled model; its variables are up to date at the end.
@@ -207,27 +226,29 @@ def train_stage(
         plan: The stage.
         train: Images to train on.
         validation: Images to evaluate on, after each epoch.
-        seconds: How long, if not for the stage's epochs.
+        seconds: How long, if not for the stage's epochs; it ends with the epoch whose end is next to it, after two at
+            least.
         rows: Of the epochs that came before.
         seed: Of order and changes.
-        loss_of: Loss from logits, inputs and labels.
+        before: Called once, with the validation accuracy so far and the seconds that compiling took.
         after: Called after each epoch with what came out, whether it was the last, and a function that brings the
             model's variables up to date.
 
     Raises:
-        ValueError: if the loss is not finite.
+        ValueError: if a loss or a weight is not finite.
     """
     variables = variables_of(model)
     held = tuple([v.value for v in each] for each in variables)
     steps = len(train.x) // recipe.batch_size
-    warmup = min(recipe.warmup_steps, steps * plan.epochs // 5)
+    # How many epochs there will be is not known where it goes by seconds.
+    warmup = min(recipe.warmup_steps, steps if seconds else steps * plan.epochs // 5)
     key = jax.random.key(seed)
     began = time.perf_counter()
     flat = learning_rates(plan.learning_rate, warmup, 0, steps, 0.0, 0.0)
-    epoch_of = epoch_program(model, recipe, loss_of).lower(held, train.x, train.y, key, flat).compile()
+    epoch_of = epoch_program(model, recipe).lower(held, train.x, train.y, key, flat).compile()
     accuracy_of = accuracy_program(model)
     start = accuracy_of(held[0], held[1], validation)
-    print(f"{plan.name}: from {start:.2%}, compiled in {time.perf_counter() - began:.0f} s", flush=True)
+    before({"start": start, "compile_s": time.perf_counter() - began})
 
     def bring() -> None:
         for each, values in zip(variables, held, strict=True):
@@ -253,21 +274,64 @@ def train_stage(
         done, passed, progress = done + 1, passed + row["seconds"], end
         after(row, last, bring)
     bring()
+    for variable in model.weights:
+        if not np.isfinite(np.asarray(variable.value)).all():
+            raise ValueError(f"{variable.path} is not finite after epoch {done}. Lower the learning rate.")
 
 
-def load(path: Path, validation: int = 5000, examples: int | None = None) -> tuple[Images, Images, Images]:
-    """Training, validation and test images."""
+def load(path: Path, recipe: Recipe) -> tuple[Images, Images, Images]:
+    """Training, validation and test images.
+
+    Args:
+        path: The .npz file.
+        recipe: How many of its training images are for validation (5,000 if it does not say), and how many are used.
+
+    Raises:
+        ValueError: if there are too few.
+    """
     with np.load(path) as arrays:
         x, y, x_test, y_test = (arrays[name] for name in ("x_train", "y_train", "x_test", "y_test"))
     y, y_test = y.ravel().astype("int32"), y_test.ravel().astype("int32")
+    validation = 5000 if recipe.validation is None else int(recipe.validation)
+    most = len(x) - validation
+    number = most if recipe.train_examples is None else recipe.train_examples
+    if not (validation >= 1 and recipe.batch_size <= number <= most):
+        raise ValueError(
+            f"Of the {len(x)} training images one or more are for validation, and a batch or more for training. "
+            f"Received validation={validation}, train_examples={recipe.train_examples}, "
+            f"batch_size={recipe.batch_size}."
+        )
     rest, held_out = sklearn.model_selection.train_test_split(
         np.arange(len(x)), test_size=validation, stratify=y, random_state=0
     )
-    rest = rest[:examples]
+    if number < most:
+        rest, _ = sklearn.model_selection.train_test_split(rest, train_size=number, stratify=y[rest], random_state=0)
     return tuple(
         Images(jnp.asarray(x), jnp.asarray(y))
         for x, y in ((x[rest], y[rest]), (x[held_out], y[held_out]), (x_test, y_test))
     )
+
+
+def check(recipe: Recipe, minutes: Sequence[float] | None, keep: int) -> None:
+    """Whether it can be trained here.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    optimizers = sorted({plan.optimizer for plan in recipe.plans()})
+    if recipe.data != "cifar10" or optimizers != ["sgd"] or recipe.size or not recipe.timesteps:
+        raise ValueError(
+            "A recipe with time steps, on CIFAR-10 in its own size, that trains with SGD, is needed. Received "
+            f"{recipe.name!r} with data={recipe.data!r}, size={recipe.size}, timesteps={recipe.timesteps}, and the "
+            f"optimizers {optimizers}."
+        )
+    if unknown := set(recipe.augmentation) - set(CHANGES):
+        raise ValueError(f"Of augmentations there are {CHANGES} here. Received {sorted(unknown)}.")
+    if minutes is not None and (len(minutes) != len(recipe.plans()) or min(minutes) <= 0):
+        names = [plan.name for plan in recipe.plans()]
+        raise ValueError(f"minutes is a number above 0 for each of the stages {names}. Received {minutes}.")
+    if keep < 1:
+        raise ValueError(f"Checkpoints are 1 epoch apart or more. Received {keep}.")
 
 
 def train_recipe(
@@ -275,27 +339,38 @@ def train_recipe(
     folder: Path,
     images: tuple[Images, Images, Images],
     *,
-    minutes: list[float] | None = None,
+    minutes: Sequence[float] | None = None,
     keep: int = 10,
 ) -> dict[str, Any]:
     """Trains all stages of a recipe, evaluates once, and fills the folder.
 
     Args:
         recipe: The recipe.
-        folder: Where to; goes on from what is there.
+        folder: Where to; goes on from what is there, and leaves a finished run as it is.
         images: For training, validation and test.
-        minutes: How long each stage trains, if not for its epochs.
+        minutes: How long each stage trains, if not for its epochs; a number for each.
         keep: Epochs from one checkpoint to the next.
+
+    Returns:
+        What is in result.json.
+
+    Raises:
+        ValueError: if the recipe cannot be trained here, the folder has a run with other settings or images, or a loss
+            or a weight is not finite.
     """
+    check(recipe, minutes, keep)
     train, validation, test = images
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = folder / "checkpoint.npz"
-    about = {"recipe": json.loads(recipe.to_json()), "minutes": minutes}
-    state = {"rows": [], "stage": -1, "best": -1.0, "best_weights": [], **about}
+    checkpoint, finished = folder / "checkpoint.npz", folder / "result.json"
+    labels = hashlib.sha256(b"".join(np.asarray(part.y).tobytes() for part in images)).hexdigest()
+    about = {"recipe": json.loads(recipe.to_json()), "minutes": minutes and list(minutes), "labels": labels}
+    state = {"rows": [], "stage": -1, "stages": {}, "best": -1.0, "best_weights": [], **about}
     if checkpoint.is_file():
         state = checkpoints.progress(checkpoint)
-        if any(state[name] != value for name, value in about.items()):
-            raise SystemExit(f"{folder} has a run with other settings; name another --folder.")
+        if any(state.get(name) != value for name, value in about.items()):
+            raise ValueError(f"{folder} has a run with other settings or images; name another folder.")
+    if finished.is_file():
+        return json.loads(finished.read_text())
 
     model, weights = None, None
     for plan in recipe.plans():
@@ -305,14 +380,18 @@ def train_recipe(
             weights = prepared(model, recipe, plan, train)
         seed = recipe.seed + 7919 * plan.number
         keras.utils.set_random_seed(seed)
-        keras.config.set_dtype_policy(recipe.precision)
-        model = recipe.build(10, (32, 32, 3), plan.timesteps, plan.representation_steps)
+        with recipes.dtype_policy(recipe.precision):
+            model = recipe.build(10, (32, 32, 3), plan.timesteps, plan.representation_steps)
         compile_model(model, recipe, plan.weight_decay)
         rows = [row for row in state["rows"] if row["stage"] == plan.name]
         if plan.number == state["stage"]:
             checkpoints.restore(checkpoint, model)
         elif weights is not None:
             model.set_weights(weights)
+
+        def before(begun, plan=plan):
+            begun = state["stages"].setdefault(plan.name, begun)
+            print(f"{plan.name}: {json.dumps(begun)}", flush=True)
 
         def after(row, last, bring, model=model, plan=plan):
             state["rows"].append({"stage": plan.name, **row})
@@ -327,7 +406,7 @@ def train_recipe(
                 checkpoints.save(checkpoint, model, state)
             print(json.dumps(state["rows"][-1]), flush=True)
 
-        if not (rows and rows[-1]["progress"] == 1.0):
+        if plan.epochs and not (rows and rows[-1]["progress"] == 1.0):
             train_stage(
                 model,
                 recipe,
@@ -337,51 +416,77 @@ def train_recipe(
                 seconds=minutes and 60 * minutes[plan.number],
                 rows=rows,
                 seed=seed,
+                before=before,
                 after=after,
             )
 
-    keras.config.set_dtype_policy("float32")
-    jax.config.update("jax_default_matmul_precision", "highest")
-    result = recipe.build(10, (32, 32, 3))
-    result.set_weights(state["best_weights"])
+    weights = state["best_weights"] or model.get_weights()
+    with recipes.dtype_policy("float32"):
+        result = recipe.build(10, (32, 32, 3))
+    result.set_weights(weights)
     values = [[v.value for v in each] for each in (result.trainable_variables, result.non_trainable_variables)]
-    accuracy = accuracy_program(result)(*values, test)
-    outcome = {name: value for name, value in state.items() if name != "best_weights"}
-    outcome |= {"test_accuracy": accuracy, "device": jax.devices()[0].device_kind}
-    outcome["seconds"] = sum(row["seconds"] for row in state["rows"])
+    with jax.default_matmul_precision("highest"):
+        accuracy_of = accuracy_program(result)
+        accuracies = [accuracy_of(*values, part) for part in (validation, test)]
+    outcome = {name: value for name, value in state.items() if name not in ("best_weights", "stage")}
+    outcome |= {"best": accuracies[0] if state["best"] < 0 else state["best"], "test_accuracy": accuracies[1]}
+    outcome |= {"test_images": len(test.x), "device": jax.devices()[0].device_kind, "machine": machine()}
     outcome["thresholds"] = firing.thresholds(result)
     with replacing(folder / "weights.npz") as beside:
-        np.savez(beside, **{f"{number:03d}": weight for number, weight in enumerate(state["best_weights"])})
-    with replacing(folder / "result.json") as beside:
+        np.savez(beside, **{f"{number:03d}": weight for number, weight in enumerate(weights)})
+    with replacing(folder / "result.md") as beside:
+        beside.write_text(table(outcome))
+    with replacing(finished) as beside:
         beside.write_text(json.dumps(outcome, indent=2) + "\n")
     return outcome
 
 
+def table(outcome: dict[str, Any]) -> str:
+    """The Markdown of a result."""
+    host, recipe = outcome["machine"], outcome["recipe"]
+    rows = []
+    for name in dict.fromkeys(row["stage"] for row in outcome["rows"]):
+        own = [row for row in outcome["rows"] if row["stage"] == name]
+        seconds, begun = sum(row["seconds"] for row in own), outcome["stages"].get(name, {})
+        best = max(row["val_accuracy"] for row in own)
+        figures = [begun.get("start"), own[-1]["val_accuracy"], best, own[-1]["accuracy"]]
+        rows.append([name, len(own), f"{seconds:.0f}", *(None if f is None else f"{f:.2%}" for f in figures)])
+    header = ["stage", "epochs", "seconds", "validation, before", "last epoch", "best epoch", "training, last epoch"]
+    lines = [
+        f"{recipe['network']}, depth {recipe['depth']}, {recipe['neuron'].upper()}, N = {recipe['timesteps']}, on "
+        f"{outcome['device']}, {host['date']}: {outcome['test_accuracy']:.2%} of {outcome['test_images']:,} test "
+        f"images. One run of `{host['command']}`.",
+        "",
+        *markdown(header, rows),
+    ]
+    if outcome["minutes"]:
+        lines += ["", f"Epochs are as many as there was time for (minutes a stage: {outcome['minutes']})."]
+    return "\n".join([*lines, ""])
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--npz", type=Path, required=True, help="the images")
+    made.add_argument("--recipe", default="cifar10-if-n5", help="a recipe on CIFAR-10")
+    made.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting")
+    made.add_argument("--folder", type=Path, default=Path("runs/cifar10-jax"), help="where to, and go on from")
+    made.add_argument("--minutes", type=float, nargs="+", help="of each stage, in place of its epochs")
+    made.add_argument("--keep", type=int, default=10, metavar="EPOCHS", help="epochs between checkpoints")
+    return made
+
+
 def main() -> None:
     """Trains, or goes on, and evaluates once at the end."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--npz", type=Path, required=True, help="the images")
-    parser.add_argument("--recipe", default="cifar10-if-n5", help="a recipe on CIFAR-10")
-    parser.add_argument("--validation", type=int, default=5000, help="images set aside to choose the epoch by")
-    parser.add_argument("--examples", type=int, help="fewer training images, to try it out")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting")
-    parser.add_argument("--folder", type=Path, default=Path("runs/cifar10-jax"))
-    parser.add_argument("--minutes", type=float, nargs="+", help="of each stage, in place of its epochs")
-    parser.add_argument("--keep", type=int, default=10, metavar="EPOCHS", help="epochs between checkpoints")
-    options = parser.parse_args()
-    recipe = recipes.get(options.recipe).with_settings(recipes.parse_settings(options.set))
-    if recipe.data != "cifar10" or {recipe.optimizer, recipe.hybrid_optimizer} != {"sgd"}:
-        raise SystemExit(f"A recipe on CIFAR-10 that trains with SGD is needed. Received {recipe.name!r}.")
-    if unknown := set(recipe.augmentation) - set(CHANGES):
-        raise SystemExit(f"Of augmentations there are {CHANGES} here. Received {sorted(unknown)}.")
-    if options.minutes and len(options.minutes) != len(recipe.plans()):
-        raise SystemExit(f"{recipe.name} has {len(recipe.plans())} stages. Received --minutes {options.minutes}.")
-    images = load(options.npz, options.validation, options.examples)
-    outcome = train_recipe(recipe, options.folder, images, minutes=options.minutes, keep=options.keep)
-    print(
-        f"{recipe.name}: test accuracy {outcome['test_accuracy']:.2%}, validation accuracy {outcome['best']:.2%}, "
-        f"{outcome['seconds']:.0f} s"
-    )
+    options = parser().parse_args()
+    try:
+        recipe = recipes.get(options.recipe).with_settings(recipes.parse_settings(options.set))
+        check(recipe, options.minutes, options.keep)
+        images = load(options.npz, recipe)
+        outcome = train_recipe(recipe, options.folder, images, minutes=options.minutes, keep=options.keep)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    print(table(outcome))
 
 
 if __name__ == "__main__":

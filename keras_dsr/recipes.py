@@ -9,12 +9,13 @@ Representation", CVPR 2022, Section 5 and Appendix.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -45,8 +46,8 @@ class Plan:
         representation_steps: As in the neuron layers.
         epochs: Passes over the training part.
         optimizer: "sgd" or "adam".
-        learning_rate: Largest learning rate.
-        weight_decay: Weight decay.
+        learning_rate: Largest learning rate; it falls to 0 along a cosine.
+        weight_decay: Factor on every weight that joins its gradient (SGD only).
         last: Whether it is the last.
     """
 
@@ -384,6 +385,17 @@ class Recipe:
                 raise ValueError(f"A recipe has no setting {name!r}. {suggestion(name, settable)}")
             changed[name] = _parse(name, text, kinds[name])
         return dataclasses.replace(self, **changed)
+
+
+@contextlib.contextmanager
+def dtype_policy(name: str) -> Iterator[None]:
+    """What layers made in the block compute in."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
 
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}

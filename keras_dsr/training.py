@@ -38,7 +38,7 @@ from keras_dsr.files import replacing
 from keras_dsr.models import presets
 from keras_dsr.models.presets import Card
 from keras_dsr.optimizers import SGD
-from keras_dsr.recipes import Plan, Recipe
+from keras_dsr.recipes import Plan, Recipe, dtype_policy
 from keras_dsr.runs import Stage, Summary
 
 __all__ = [
@@ -654,17 +654,6 @@ def _own_errors() -> Iterator[None]:
         if found := re.search(r"(?:ImageError|RecordingError): (.+)", str(error)):
             raise ValueError(f"{found[1]} {_IF_DAMAGED}") from error
         raise
-
-
-@contextlib.contextmanager
-def dtype_policy(name: str) -> Iterator[None]:
-    """What layers made in the block compute in."""
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(name)
-    try:
-        yield
-    finally:
-        keras.config.set_dtype_policy(before)
 
 
 def _evaluation_batches(loaded: DataSet, part: Part, devices: Strategy) -> tuple[Any, int | None]:

@@ -230,6 +230,25 @@ def test_reported_accuracies_belong_to_recipes():
     assert str(REPORTED["imagenet-if"]) == "67.74 % (Table 2)"
 
 
+def test_a_training_has_the_stages_that_its_recipe_says():
+    plain = recipes.get("cifar10-if-n5")
+    assert plain.plans() == (recipes.Plan("spiking", 0, 5, None, 200, "sgd", 0.05, 5e-4, last=True),)
+    representation = recipes.get("cifar10-if-n5").with_settings({"timesteps": "0"})
+    assert representation.plans() == (recipes.Plan("representation", 0, 0, None, 200, "sgd", 0.05, 5e-4, last=True),)
+    settings = {"hybrid_epochs": "3", "hybrid_learning_rate": "0.3", "hybrid_weight_decay": "0.001", "epochs": "7"}
+    hybrid = plain.with_settings(settings)
+    first = recipes.Plan("representation", 0, 0, None, 3, "sgd", 0.3, 0.001)
+    assert hybrid.plans() == (first, recipes.Plan("spiking", 1, 5, None, 7, "sgd", 0.05, 5e-4, last=True))
+    quantized = hybrid.with_settings({"hybrid_quantized_epochs": "4", "hybrid_quantized_learning_rate": "0.02"})
+    assert quantized.plans() == (
+        first,
+        recipes.Plan("quantized", 1, 0, 5, 4, "sgd", 0.02, 0.001),
+        recipes.Plan("spiking", 2, 5, None, 7, "sgd", 0.05, 5e-4, last=True),
+    )
+    adam = hybrid.with_settings({"hybrid_optimizer": "adam", "hybrid_weight_decay": "0"})
+    assert [plan.optimizer for plan in adam.plans()] == ["adam", "sgd"]
+
+
 def test_recipes_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         recipes.get("digits").epochs = 1

@@ -62,7 +62,7 @@ def training_run(
 
     axes = figure.add_subplot(grid[0, 0])
     epochs = np.arange(1, len(history["accuracy"]) + 1)
-    axes.plot(epochs, history["accuracy"], color=_COLORS[-1], label="training, as it goes on")
+    axes.plot(epochs, history["accuracy"], color=_COLORS[-1], label="training, mean of the epoch")
     held_out = history.get("val_accuracy")
     if held_out:
         axes.plot(epochs, held_out, color=_COLORS[0], label="validation")
@@ -357,7 +357,8 @@ def _raster(axes: Axes, name: str, train: np.ndarray, color: str, most: int = 64
     shown = f"all {len(chosen)}" if len(chosen) == flat.shape[1] else f"{len(chosen)} of {flat.shape[1]:,}"
     # Long names have no room for more.
     title = f"{name if len(name) > 11 else f'Spikes of {name}'}\n{shown} neurons"
-    _panel(axes, title, "time step", "", fontsize=min(11, 11 * 18 / len(name)))
+    # At 11 points there is room for 18 letters.
+    _panel(axes, title, "time step", "", fontsize=min(11, 11 * 18 / max(map(len, title.split("\n")))))
     axes.grid(visible=False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(chosen) <= 10:
