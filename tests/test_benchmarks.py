@@ -644,7 +644,14 @@ def photographs(tmp_path):
 
 
 def small_recipe(**settings: str):
-    settings = {"network": "small_cnn", "widths": "8,8", "batch_size": "20", "validation": "50", **settings}
+    settings = {
+        "network": "small_cnn",
+        "widths": "4",
+        "timesteps": "2",
+        "batch_size": "20",
+        "validation": "50",
+        **settings,
+    }
     return recipes.get("cifar10-if-n5").with_settings(settings)
 
 
@@ -656,7 +663,7 @@ def test_training_on_jax_alone_goes_on_and_is_evaluated_once(benchmark, photogra
     if helpers.BACKEND != "jax":
         pytest.skip("cifar10_jax.py runs on JAX alone")
     cifar10 = benchmark("cifar10_jax")
-    settings = {"timesteps": "4", "threshold": "2", "augmentation": "cutout", "dropout": "0.2", "selection": "last"}
+    settings = {"threshold": "2", "augmentation": "cutout", "dropout": "0.2", "selection": "last"}
     recipe = small_recipe(**settings, hybrid_epochs="3", hybrid_quantized_epochs="1", epochs="3")
     images = cifar10.load(photographs, recipe)
     whole = cifar10.train_recipe(recipe, tmp_path / "whole", images)
@@ -711,7 +718,7 @@ def test_a_last_stage_without_epochs_on_jax_alone(benchmark, photographs, tmp_pa
     if helpers.BACKEND != "jax":
         pytest.skip("cifar10_jax.py runs on JAX alone")
     cifar10 = benchmark("cifar10_jax")
-    recipe = small_recipe(timesteps="4", epochs="0", hybrid_epochs="1")
+    recipe = small_recipe(epochs="0", hybrid_epochs="1")
     outcome = cifar10.train_recipe(recipe, tmp_path, cifar10.load(photographs, recipe))
     assert [row["stage"] for row in outcome["rows"]] == ["representation"]
     assert 0 <= outcome["best"] <= 1
@@ -722,7 +729,7 @@ def test_a_stage_on_jax_alone_ends_when_its_time_is_over(benchmark, photographs,
     if helpers.BACKEND != "jax":
         pytest.skip("cifar10_jax.py runs on JAX alone")
     cifar10 = benchmark("cifar10_jax")
-    recipe = small_recipe(widths="4", timesteps="2")
+    recipe = small_recipe()
     images = cifar10.load(photographs, recipe)
 
     def progress(folder, minutes):
