@@ -212,9 +212,9 @@ def train_stage(
     train: Images,
     validation: Images,
     *,
-    seconds: float | None = None,
+    seconds: float | None,
     rows: list[dict[str, Any]],
-    seed: int = 0,
+    seed: int,
     before: Callable[[dict[str, float]], None],
     after: Callable[[dict[str, Any], bool, Callable[[], None]], None],
 ) -> None:
@@ -232,7 +232,7 @@ def train_stage(
         seed: Of order and changes.
         before: Called once, with the validation accuracy so far and the seconds that compiling took.
         after: Called after each epoch with what came out, whether it was the last, and a function that brings the
-            model's variables up to date.
+            model's variables up to date, if all are finite: nothing else is kept.
 
     Raises:
         ValueError: if a loss or a weight is not finite.
@@ -254,9 +254,12 @@ def train_stage(
         for each, values in zip(variables, held, strict=True):
             for variable, value in zip(each, values, strict=True):
                 variable.assign(value)
+        for variable in model.weights:
+            if not np.isfinite(np.asarray(variable.value)).all():
+                raise ValueError(f"{variable.path} is not finite after epoch {done}. Lower the learning rate.")
 
     done, passed, progress = len(rows), sum(row["seconds"] for row in rows), rows[-1]["progress"] if rows else 0.0
-    last = not plan.epochs
+    last = False
     while not last:
         started = time.perf_counter()
         left = plan.epochs - done
@@ -274,9 +277,6 @@ def train_stage(
         done, passed, progress = done + 1, passed + row["seconds"], end
         after(row, last, bring)
     bring()
-    for variable in model.weights:
-        if not np.isfinite(np.asarray(variable.value)).all():
-            raise ValueError(f"{variable.path} is not finite after epoch {done}. Lower the learning rate.")
 
 
 def load(path: Path, recipe: Recipe) -> tuple[Images, Images, Images]:

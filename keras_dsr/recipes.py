@@ -389,7 +389,11 @@ class Recipe:
 
 @contextlib.contextmanager
 def dtype_policy(name: str) -> Iterator[None]:
-    """What layers made in the block compute in."""
+    """What layers made in the block compute in.
+
+    Args:
+        name: Of `PRECISIONS`.
+    """
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(name)
     try:

@@ -44,7 +44,6 @@ from keras_dsr.runs import Stage, Summary
 __all__ = [
     "Fitted",
     "compile_model",
-    "dtype_policy",
     "evaluate",
     "fit",
     "fit_epochs",

@@ -233,7 +233,7 @@ def test_reported_accuracies_belong_to_recipes():
 def test_a_training_has_the_stages_that_its_recipe_says():
     plain = recipes.get("cifar10-if-n5")
     assert plain.plans() == (recipes.Plan("spiking", 0, 5, None, 200, "sgd", 0.05, 5e-4, last=True),)
-    representation = recipes.get("cifar10-if-n5").with_settings({"timesteps": "0"})
+    representation = plain.with_settings({"timesteps": "0"})
     assert representation.plans() == (recipes.Plan("representation", 0, 0, None, 200, "sgd", 0.05, 5e-4, last=True),)
     settings = {"hybrid_epochs": "3", "hybrid_learning_rate": "0.3", "hybrid_weight_decay": "0.001", "epochs": "7"}
     hybrid = plain.with_settings(settings)

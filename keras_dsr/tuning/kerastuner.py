@@ -22,7 +22,7 @@ from keras_tuner.engine.base_tuner import BaseTuner
 
 from keras_dsr import runs, training
 from keras_dsr.data.parts import DataSet
-from keras_dsr.recipes import Recipe
+from keras_dsr.recipes import Recipe, dtype_policy
 from keras_dsr.tuning import space as spaces
 from keras_dsr.tuning.search import HYPERBAND_FACTOR, OURS, Search, heard_of, read_trials, split_address
 from keras_dsr.tuning.space import Choice, Parameter
@@ -131,7 +131,7 @@ class DSRHyperModel(keras_tuner.HyperModel):
         shape = self._loaded.input_shape
         if len(shape) == 4:  # event frames, time first
             shape = (recipe.timesteps, *shape[1:])
-        with training.dtype_policy(recipe.precision):
+        with dtype_policy(recipe.precision):
             model = recipe.build(self._loaded.classes, shape)
         training.compile_model(model, recipe, self._loaded.steps(recipe.batch_size) * recipe.epochs)
         model.optimizer.build(model.trainable_variables)  # where weights are loaded next, its own are too
