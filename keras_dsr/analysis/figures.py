@@ -113,8 +113,11 @@ def training_run(
     axes.imshow(picture(image))
     axes.set_title(caption, loc="left", fontsize=11, fontweight="bold", color=_INK, wrap=True)
     axes.set_axis_off()
+    # All headings alike, and the longest layer name has room: for 18 letters of 11 points in a sixth of the width.
+    room = 18 * 6 / (len(shown) + 1)
+    heading = 11 * min(1.0, room / max(map(len, shown)))
     for index, name in enumerate(shown, start=1):
-        _raster(figure.add_subplot(below[index]), name, trains[name], color[name])
+        _raster(figure.add_subplot(below[index]), name, trains[name], color[name], heading)
     with replacing(path) as beside:
         figure.savefig(beside, dpi=120)
 
@@ -341,7 +344,7 @@ def picture(image: np.ndarray) -> np.ndarray:
     return np.clip((colored - colored.min()) / max(np.ptp(colored), 1e-9), 0, 1)
 
 
-def _raster(axes: Axes, name: str, train: np.ndarray, color: str, most: int = 64) -> None:
+def _raster(axes: Axes, name: str, train: np.ndarray, color: str, heading: float, most: int = 64) -> None:
     """Spikes over time, a row a neuron; a layer of more than `most` neurons is thinned out evenly."""
     flat = np.asarray(train).reshape(len(train), -1)
     chosen = charts.thinned(flat.shape[1], most)
@@ -357,8 +360,7 @@ def _raster(axes: Axes, name: str, train: np.ndarray, color: str, most: int = 64
     shown = f"all {len(chosen)}" if len(chosen) == flat.shape[1] else f"{len(chosen)} of {flat.shape[1]:,}"
     # Long names have no room for more.
     title = f"{name if len(name) > 11 else f'Spikes of {name}'}\n{shown} neurons"
-    # At 11 points there is room for 18 letters.
-    _panel(axes, title, "time step", "", fontsize=min(11, 11 * 18 / max(map(len, title.split("\n")))))
+    _panel(axes, title, "time step", "", fontsize=heading)
     axes.grid(visible=False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(chosen) <= 10:
